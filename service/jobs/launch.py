@@ -1,0 +1,26 @@
+"""What the service hands to a cluster to start one attempt."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl
+
+from service.jobs.identifiers import attempt_id
+from service.jobs.spec import JobSpec
+
+
+class LaunchRequest(BaseModel):
+    """One attempt of one job. Holds no secret: the ingest token travels beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job_id: str
+    attempt: Annotated[int, Field(ge=1)]
+    spec: JobSpec
+    ingest_url: HttpUrl
+    storage: str
+    """Folder of the job, the same path on the service and on every worker: checkpoints go below it."""
+
+    @property
+    def attempt_id(self) -> str:
+        """The name of this attempt everywhere, Ray included."""
+        return attempt_id(self.job_id, self.attempt)

@@ -1,0 +1,85 @@
+"""The report on a job: two verdicts with the numbers behind them, as every reader gets it."""
+
+from enum import StrEnum
+
+from service.jobs.job import View
+from service.jobs.spec import Normalization
+from service.jobs.states import JobState
+from service.jobs.telemetry import Evaluation, LayerDrift
+
+
+class ConvergenceVerdict(StrEnum):
+    """Where the training loss is going."""
+
+    IMPROVING = "improving"
+    PLATEAU = "plateau"
+    WORSENING = "worsening"
+    DIVERGED = "diverged"
+    UNDECIDED = "undecided"
+
+
+class Convergence(View):
+    """The course of the training loss, judged on means of blocks of steps.
+
+    ``slope`` is the change of the loss over the judged window with its 95 % interval, ``margin`` the change
+    that would matter; all in nats. They are absent where the points do not suffice.
+    """
+
+    verdict: ConvergenceVerdict
+    sentence: str
+    num_steps: int
+    current_loss: float | None = None
+    slope: float | None = None
+    slope_low: float | None = None
+    slope_high: float | None = None
+    margin: float | None = None
+    block_steps: int | None = None
+    num_blocks: int | None = None
+    block_correlation: float | None = None
+    first_non_finite_step: int | None = None
+
+
+class DriftColour(StrEnum):
+    """Whether the stored statistics may be shipped."""
+
+    GREEN = "green"
+    AMBER = "amber"
+    RED = "red"
+    UNDECIDED = "undecided"
+
+
+class DriftVerdict(View):
+    """Damage decides ``colour``, drift explains it.
+
+    ``loss_damage`` and ``accuracy_damage`` are what the stored statistics cost against population statistics
+    on the same weights and images, with 95 % intervals; positive is worse.
+    """
+
+    colour: DriftColour
+    sentence: str
+    loss_damage: float | None = None
+    loss_damage_low: float | None = None
+    loss_damage_high: float | None = None
+    accuracy_damage: float | None = None
+    accuracy_damage_low: float | None = None
+    accuracy_damage_high: float | None = None
+    worst_layer: LayerDrift | None = None
+    max_rank_disagreement: float | None = None
+    advice: tuple[str, ...] = ()
+
+
+class JobReport(View):
+    """Everything a person needs to judge a job on one page. ``complete`` once the job is terminal."""
+
+    job_id: str
+    name: str
+    state: JobState
+    normalization: Normalization
+    complete: bool
+    num_steps: int
+    training_s: float | None
+    num_attempts: int
+    convergence: Convergence
+    drift: DriftVerdict
+    last_evaluation: Evaluation | None
+    evaluations: tuple[Evaluation, ...]

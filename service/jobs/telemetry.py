@@ -1,0 +1,196 @@
+"""What a run tells while it happens: one small frozen value per fact, sent from the ranks to the service."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from service.jobs.states import Phase, Reason
+
+RUNNER = -1
+"""The rank number under which the runner itself, which is no rank, reports."""
+
+
+class Telemetry(BaseModel):
+    """Base of all facts. Non-finite numbers travel as the strings "NaN", "Infinity", "-Infinity"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class RankStarted(Telemetry):
+    """A rank is ready to train: where it runs, and from which step it goes on (0: from the beginning)."""
+
+    type: Literal["rank_started"] = "rank_started"
+    world_size: int
+    host: str
+    pid: int
+    device: str
+    resumed_step: int
+    total_steps: int
+    steps_per_epoch: int
+    num_train_images: int
+    num_validation_images: int
+    num_classes: int
+    num_parameters: int
+    torch_version: str
+    syncbn_version: str
+
+
+class PhaseChanged(Telemetry):
+    """The run as a whole has come to another phase."""
+
+    type: Literal["phase_changed"] = "phase_changed"
+    phase: Phase
+
+
+class StepMetrics(Telemetry):
+    """One optimizer step on one rank; ``step`` counts from 1, ``loss`` is the mean over the rank's images."""
+
+    type: Literal["step"] = "step"
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    step_s: float
+
+
+class Scores(Telemetry):
+    """Mean cross-entropy in nats and share of right answers, both over the whole validation set."""
+
+    loss: float
+    accuracy: float
+
+
+class Evaluation(Telemetry):
+    """Validation with the stored running statistics, and the same weights with population statistics.
+
+    ``loss_damage`` is stored minus population loss, a mean of per-image differences; ``loss_damage_se`` is its
+    standard error over the ``num_images`` pairs. ``accuracy_damage`` is population minus stored accuracy, in
+    shares of 1, with its paired standard error. Positive damage: the stored statistics do worse.
+    """
+
+    type: Literal["evaluation"] = "evaluation"
+    step: int
+    epoch: int
+    num_images: int
+    stored: Scores
+    population: Scores
+    loss_damage: float
+    loss_damage_se: float
+    accuracy_damage: float
+    accuracy_damage_se: float
+
+
+class LayerDrift(Telemetry):
+    """Stored running statistics of one layer against the population's; `syncbn.drift` defines each number."""
+
+    layer: str
+    num_channels: int
+    rms_mean_shift: float
+    max_mean_shift: float
+    max_mean_shift_channel: int
+    mean_abs_log_var_ratio: float
+    max_abs_log_var_ratio: float
+    output_error: float
+    rank_disagreement: float
+
+
+class Drift(Telemetry):
+    """Drift of every BatchNorm layer at one step, in execution order."""
+
+    type: Literal["drift"] = "drift"
+    step: int
+    num_population_images: int
+    layers: tuple[LayerDrift, ...]
+
+
+class CheckpointSaved(Telemetry):
+    """A whole checkpoint is on disk under ``path``."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    size_bytes: int
+    duration_s: float
+
+
+class TrainingFinished(Telemetry):
+    """A rank has taken its last step."""
+
+    type: Literal["training_finished"] = "training_finished"
+    step: int
+    duration_s: float
+
+
+class LogLine(Telemetry):
+    """One line for a person to read."""
+
+    type: Literal["log"] = "log"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    text: str
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    SUCCEEDED = "succeeded"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class AttemptEnded(Telemetry):
+    """The runner's last word: how the attempt ended, and why where it did not succeed."""
+
+    type: Literal["attempt_ended"] = "attempt_ended"
+    outcome: Outcome
+    reason: Reason | None = None
+    detail: str = ""
+
+
+TelemetryEvent = Annotated[
+    RankStarted
+    | PhaseChanged
+    | StepMetrics
+    | Evaluation
+    | Drift
+    | CheckpointSaved
+    | TrainingFinished
+    | LogLine
+    | AttemptEnded,
+    Field(discriminator="type"),
+]
+
+TELEMETRY_EVENT: TypeAdapter[TelemetryEvent] = TypeAdapter(TelemetryEvent)
+
+
+class RankBatch(Telemetry):
+    """Facts of one rank in the order they happened; the first has sequence number ``first_seq`` (from 0).
+
+    Sequence numbers count per attempt and rank without holes, so a repeated batch is recognized and dropped.
+    """
+
+    rank: Annotated[int, Field(ge=RUNNER)]
+    first_seq: Annotated[int, Field(ge=0)]
+    times: tuple[float, ...]
+    """When each fact happened, in seconds since the epoch."""
+    events: tuple[TelemetryEvent, ...]
+
+
+class IngestBatch(Telemetry):
+    """What a runner posts, at least every few seconds: an empty one is a heartbeat."""
+
+    batches: tuple[RankBatch, ...]
+
+
+class Control(StrEnum):
+    """What the service wants of an attempt; every answer to an ingest carries it."""
+
+    CONTINUE = "continue"
+    ABORT = "abort"
+
+
+class IngestReply(Telemetry):
+    """The control word, and per rank the sequence number that the service expects next."""
+
+    control: Control
+    next_seq: dict[int, int]
