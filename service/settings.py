@@ -54,3 +54,12 @@ class Settings(BaseSettings):
             return ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+class ClientSettings(BaseSettings):
+    """Which service the command line and the Python client talk to."""
+
+    model_config = SettingsConfigDict(env_prefix="SYNCBN_", frozen=True, extra="ignore")
+
+    url: HttpUrl = HttpUrl("http://127.0.0.1:8400")
+    api_token: SecretStr | None = None

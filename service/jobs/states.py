@@ -75,7 +75,7 @@ class Reason(StrEnum):
     CHECKPOINT_UNUSABLE = "checkpoint_unusable"
     QUEUE_DEADLINE = "queue_deadline"
     TOTAL_DEADLINE = "total_deadline"
-    SERVICE_ERROR = "service_error"
+    SERVICE_STOPPED = "service_stopped"
 
     @property
     def reason_class(self) -> ReasonClass:
@@ -96,7 +96,7 @@ _CLASS_OF: dict[Reason, ReasonClass] = {
     Reason.CHECKPOINT_UNUSABLE: ReasonClass.USER_ERROR,
     Reason.QUEUE_DEADLINE: ReasonClass.DEADLINE,
     Reason.TOTAL_DEADLINE: ReasonClass.DEADLINE,
-    Reason.SERVICE_ERROR: ReasonClass.SERVICE,
+    Reason.SERVICE_STOPPED: ReasonClass.SERVICE,
 }
 
 RETRY_BUDGET: dict[ReasonClass, int] = {
@@ -104,7 +104,6 @@ RETRY_BUDGET: dict[ReasonClass, int] = {
     ReasonClass.CAPACITY: 3,
     ReasonClass.PREEMPTED: 10,
     ReasonClass.HANG: 2,
-    ReasonClass.SERVICE: 3,
 }
 """New attempts granted per class of reason; a class that is not named here is never retried."""
 
