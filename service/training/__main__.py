@@ -1,0 +1,63 @@
+"""``python -m service.training SPEC.json --storage DIR``: one job without the service, alone or under torchrun.
+
+Rank 0 prints its events as JSON lines; errors go to standard error.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch.distributed.rendezvous import rendezvous
+
+from service.jobs import TELEMETRY_EVENT, JobSpec
+from service.training import process_group
+from service.training.context import RankContext
+from service.training.loop import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job to its end; the exit status is 0, or 2 where the spec is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        spec = JobSpec.model_validate_json(options.spec.read_bytes())
+    except (OSError, ValidationError) as error:
+        sys.stderr.write(f"{options.spec}: {error}\n")
+        return 2
+    context = _join(spec, options.storage.absolute())
+    try:
+        for event in train(spec, context):
+            if context.leads:
+                sys.stdout.write(TELEMETRY_EVENT.dump_json(event).decode() + "\n")
+                sys.stdout.flush()
+    finally:
+        process_group.leave()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service.training", description=__doc__)
+    parser.add_argument("spec", type=Path, help="a job spec as JSON, as POST /v1/jobs takes it")
+    parser.add_argument("--storage", type=Path, required=True, help="folder for the checkpoints, resumed from")
+    return parser
+
+
+def _join(spec: JobSpec, storage: Path) -> RankContext:
+    """Take the place that torchrun gives this process, or stand alone."""
+    if not dist.is_torchelastic_launched():
+        return RankContext(0, 1, _device(spec, 0), storage)
+    store, rank, world_size = next(rendezvous("env://"))
+    device = _device(spec, dist.get_node_local_rank())
+    process_group.join(rank, world_size, store, device, spec.timeouts.collective_s)
+    return RankContext(rank, world_size, device, storage)
+
+
+def _device(spec: JobSpec, local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank) if spec.resources.gpus else torch.device("cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

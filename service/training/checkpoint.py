@@ -1,0 +1,174 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is two files: ``step-00000120.pt``, a plain torch file that anyone can load, and
+``step-00000120.json``, its manifest with size and SHA-256, which is written last. Each file is written under
+another name in the same folder, flushed to the disk and renamed. A checkpoint counts only if its manifest is there and
+agrees, so a write that was cut off, a full disk and a flipped bit all look the same: not a checkpoint.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.jobs import JobSpec
+
+NUM_KEPT = 2
+"""How many checkpoints a folder keeps: the newest, and one to fall back on."""
+_NOT_OF_THE_NUMBERS = {"name", "cadence", "resources", "timeouts"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on from ``step`` as if nothing had happened.
+
+    ``model`` holds parameters and running statistics under torch's keys; ``rng_states`` is uint8
+    ``(world_size, S)``, see `service.training.rng`. Step is also the position in the data and in the schedule.
+    """
+
+    step: int
+    fingerprint: str
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng_states: Tensor
+
+
+@dataclass(frozen=True)
+class LatestCheckpoint:
+    """What a folder has to offer: the newest good checkpoint, and what was wrong with each newer one."""
+
+    checkpoint: Checkpoint | None
+    problems: tuple[str, ...]
+
+
+class UnusableCheckpoint(ValueError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+def fingerprint(spec: JobSpec) -> str:
+    """SHA-256 over what decides a run's numbers; its name, cadence, resources and timeouts may differ."""
+    fields = spec.model_dump(mode="json", exclude=_NOT_OF_THE_NUMBERS)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write the checkpoint, then drop all but the last two. One process per folder may write at a time.
+
+    Checkpoints of later steps go too: a run that writes step 100 has left those behind as unusable. Holds the
+    whole file in memory for a moment, so that the hash is of what was meant and not of what the disk made of it.
+
+    Raises: OSError if the disk is full or fails; older checkpoints are then untouched, and nothing is left over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    buffer = io.BytesIO()
+    torch.save(asdict(checkpoint), buffer)
+    content = buffer.getbuffer()
+    path = checkpoint_path(folder, checkpoint.step)
+    manifest = {
+        "step": checkpoint.step,
+        "file": path.name,
+        "size_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "fingerprint": checkpoint.fingerprint,
+        "torch_version": torch.__version__,
+    }
+    _write_atomically(path, content)
+    _write_atomically(_manifest_path(path), json.dumps(manifest, indent=1).encode())
+    _remove_others(folder, checkpoint.step)
+    return path
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path`` (the ``.pt`` file), with its tensors on the CPU.
+
+    Raises: UnusableCheckpoint if it is not whole, bit for bit as it was written.
+    """
+    try:
+        manifest = json.loads(_manifest_path(path).read_bytes())
+        size, digest = manifest["size_bytes"], manifest["sha256"]
+        content = path.read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnusableCheckpoint(f"{path.name}: cannot be read ({type(error).__name__}: {error})") from error
+    if len(content) != size:
+        raise UnusableCheckpoint(f"{path.name}: {len(content)} bytes where its manifest says {size}; it was cut off")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UnusableCheckpoint(f"{path.name}: its SHA-256 is not the manifest's; it was changed after it was written")
+    return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+
+def latest_checkpoint(folder: Path) -> LatestCheckpoint:
+    """The newest good checkpoint in ``folder``, which need not exist. Reads files until one is good."""
+    problems: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            return LatestCheckpoint(read_checkpoint(path), tuple(problems))
+        except UnusableCheckpoint as problem:
+            problems.append(str(problem))
+    return LatestCheckpoint(None, tuple(problems))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies, if there is one."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    # Manifests count too: one whose other half has vanished should be told, not passed over.
+    steps = {path.with_suffix("") for suffix in (".pt", ".json") for path in folder.glob(f"step-*{suffix}")}
+    return [path.with_suffix(".pt") for path in sorted(steps, reverse=True)]
+
+
+def _manifest_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _write_atomically(path: Path, content: bytes | memoryview) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    with _removed_on_failure(temporary), temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is on the disk only once the folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".step-*.part"):
+        path.unlink()
+
+
+def _remove_others(folder: Path, newest_step: int) -> None:
+    newest = checkpoint_path(folder, newest_step)
+    current = [path for path in _newest_first(folder) if path <= newest]
+    kept = set(current[:NUM_KEPT])
+    for path in _newest_first(folder):
+        if path not in kept:
+            _manifest_path(path).unlink(missing_ok=True)  # first: without it the other half is no checkpoint
+            path.unlink(missing_ok=True)

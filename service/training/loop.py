@@ -1,0 +1,244 @@
+"""The training loop: from a spec and a rank's place to the stream of what happened."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from service.jobs import (
+    CheckpointSaved,
+    Drift,
+    Evaluation,
+    JobSpec,
+    LogLine,
+    Normalization,
+    Phase,
+    PhaseChanged,
+    Precision,
+    RankStarted,
+    Sgd,
+    StepMetrics,
+    TelemetryEvent,
+    TrainingFinished,
+)
+from service.training.checkpoint import Checkpoint, fingerprint, write_checkpoint
+from service.training.context import RankContext
+from service.training.dataset import load_dataset
+from service.training.evaluation import Examiner, make_examiner
+from service.training.models import build_model
+from service.training.resume import find_checkpoint
+from service.training.rng import gather_rng_states, restore_rng_state
+from service.training.sampler import BatchSampler
+from service.training.schedule import check_schedule, learning_rate
+
+__all__ = ["RankContext", "train"]
+
+
+def train(spec: JobSpec, context: RankContext) -> Iterator[TelemetryEvent]:
+    """Train the job on this rank, and tell what happens as it happens.
+
+    Every rank of ``context.world_size`` must run this and take every event: ranks meet inside. Every rank yields
+    RankStarted, StepMetrics for each step, and TrainingFinished; rank 0 also yields what concerns the
+    run as a whole. Goes on from the newest good checkpoint in the storage folder; on CPUs an interrupted
+    and resumed run gives bit for bit the losses and weights of one that was never interrupted. A loss that is not
+    finite is reported like any other.
+
+    Raises: ValueError if spec and context or spec and data do not fit, FileNotFoundError if the data are not there,
+        UnusableCheckpoint if the storage folder belongs to another run, OSError if the last checkpoint cannot
+        be written (an earlier one is only reported), and what torch raises when a rank is lost.
+    """
+    _check_world_size(spec, context)
+    started = time.monotonic()
+    if context.leads:
+        yield PhaseChanged(phase=Phase.LOADING)
+    dtype = torch.float64 if spec.precision is Precision.FLOAT64 else torch.float32
+    dataset = load_dataset(spec.data).to(context.device, dtype)
+    sampler = BatchSampler(
+        len(dataset.train_images), spec.batch_size_per_worker, context.rank, context.world_size, spec.seed
+    )
+    total_steps = spec.max_steps or (spec.epochs or 0) * sampler.steps_per_epoch
+    check_schedule(spec.schedule, total_steps)
+
+    torch.manual_seed(spec.seed)  # alike on all ranks: the first weights come from here
+    model = build_model(spec.model, dataset.sample_shape, dataset.num_classes, spec.bn_momentum)
+    model = _normalized(model, spec.normalization).to(context.device, dtype)
+    optimizer = _make_optimizer(spec, model)
+    autocast = _autocast(spec.precision, context.device)
+    examiner = make_examiner(dataset, context, autocast)
+
+    run = fingerprint(spec)
+    found = find_checkpoint(context, run)
+    first_step = 1
+    if found.checkpoint:
+        model.load_state_dict(found.checkpoint.model)
+        optimizer.load_state_dict(found.checkpoint.optimizer)
+        restore_rng_state(found.checkpoint.rng_states, context)
+        first_step = found.checkpoint.step + 1
+    replica = _replicated(model, spec.normalization, context)
+
+    for problem in found.problems:
+        yield LogLine(level="warning", text=f"unusable checkpoint: {problem}")
+    yield RankStarted(
+        world_size=context.world_size,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device=str(context.device),
+        resumed_step=first_step - 1,
+        total_steps=total_steps,
+        steps_per_epoch=sampler.steps_per_epoch,
+        num_train_images=len(dataset.train_images),
+        num_validation_images=len(dataset.validation_images),
+        num_classes=dataset.num_classes,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        torch_version=torch.__version__,
+        syncbn_version=syncbn.__version__,
+    )
+    if context.leads:
+        yield PhaseChanged(phase=Phase.TRAINING)
+
+    for step in range(first_step, total_steps + 1):
+        began = time.perf_counter()
+        rate = learning_rate(step, spec.optimizer.learning_rate, spec.schedule, total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = sampler.indices(step).to(context.device)
+        with autocast():
+            logits = replica(dataset.train_images[batch])
+        loss = F.cross_entropy(logits.to(dtype), dataset.train_labels[batch])
+        torch.autograd.backward(loss)  # DDP averages the gradients over the ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        yield StepMetrics(
+            step=step,
+            epoch=sampler.epoch(step),
+            loss=loss.item(),
+            learning_rate=rate,
+            step_s=time.perf_counter() - began,
+        )
+
+        is_due = partial(_is_due, step, total_steps, sampler.steps_per_epoch)
+        evaluates, measures_drift = is_due(spec.cadence.evaluate_every_steps), is_due(spec.cadence.drift_every_steps)
+        saves = is_due(spec.cadence.checkpoint_every_steps)
+        if evaluates or measures_drift:
+            yield from _look(examiner, model, step, sampler.epoch(step), evaluates, measures_drift)
+        if saves:
+            rng_states = gather_rng_states(context)
+            if context.leads:
+                checkpoint = Checkpoint(step, run, model.state_dict(), optimizer.state_dict(), rng_states)
+                yield from _save(checkpoint, context, is_last=step == total_steps)
+        if context.leads and step < total_steps and (evaluates or measures_drift or saves):
+            yield PhaseChanged(phase=Phase.TRAINING)
+    yield TrainingFinished(step=total_steps, duration_s=time.monotonic() - started)
+
+
+def _check_world_size(spec: JobSpec, context: RankContext) -> None:
+    if spec.num_workers != context.world_size:
+        raise ValueError(
+            f"the spec asks for num_workers {spec.num_workers}, and {context.world_size} started; "
+            f"start {spec.num_workers} (torchrun --nproc_per_node={spec.num_workers}), or change num_workers"
+        )
+
+
+def _normalized(model: nn.Module, normalization: Normalization) -> nn.Module:
+    if normalization is Normalization.SYNC:
+        return syncbn.convert_sync_batchnorm(model)
+    return model
+
+
+def _replicated(model: nn.Module, normalization: Normalization, context: RankContext) -> nn.Module:
+    """The model as the step calls it. One rank alone needs no gradients from others."""
+    if context.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[context.device] if context.device.type == "cuda" else None,
+        # Synchronized buffers are equal by themselves; local ones follow rank 0's, as DDP does unless told not to.
+        broadcast_buffers=normalization is Normalization.LOCAL,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _make_optimizer(spec: JobSpec, model: nn.Module) -> torch.optim.Optimizer:
+    chosen = spec.optimizer
+    if isinstance(chosen, Sgd):
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=chosen.learning_rate,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
+            nesterov=chosen.nesterov,
+        )
+    return torch.optim.AdamW(
+        model.parameters(), lr=chosen.learning_rate, betas=chosen.betas, weight_decay=chosen.weight_decay
+    )
+
+
+def _autocast(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    if precision is Precision.BFLOAT16:
+        return partial(torch.autocast, device.type, torch.bfloat16)
+    return nullcontext
+
+
+def _is_due(step: int, total_steps: int, steps_per_epoch: int, every_steps: int | None) -> bool:
+    return step == total_steps or step % (every_steps or steps_per_epoch) == 0
+
+
+def _look(
+    examiner: Examiner, model: nn.Module, step: int, epoch: int, evaluates: bool, measures_drift: bool
+) -> Iterator[TelemetryEvent]:
+    """Judge the model. All ranks take part, whatever they have to tell: who stays away makes the others wait."""
+    leads = examiner.context.leads
+    if leads:
+        yield PhaseChanged(phase=Phase.VALIDATING)
+    population = examiner.population(model)
+    evaluation = examiner.evaluate(model, population, step, epoch) if evaluates else None
+    drift = examiner.drift(model, population, step) if measures_drift else None
+    if not leads:
+        return
+    if evaluation:
+        yield evaluation
+    if drift:
+        yield drift
+    yield LogLine(text=_sentence(step, evaluation, drift))
+
+
+def _sentence(step: int, evaluation: Evaluation | None, drift: Drift | None) -> str:
+    parts = []
+    if evaluation:
+        stored, population = evaluation.stored, evaluation.population
+        parts.append(
+            f"validation loss {stored.loss:.4g}, accuracy {stored.accuracy:.2%}; "
+            f"with population statistics {population.loss:.4g}, {population.accuracy:.2%}"
+        )
+    if drift and drift.layers:
+        worst = max(drift.layers, key=lambda layer: layer.rms_mean_shift)
+        parts.append(f"worst mean shift {worst.rms_mean_shift:.3g} sigma in layer {worst.layer}")
+    return f"step {step}: " + "; ".join(parts)
+
+
+def _save(checkpoint: Checkpoint, context: RankContext, is_last: bool) -> Iterator[TelemetryEvent]:
+    yield PhaseChanged(phase=Phase.CHECKPOINTING)
+    began = time.perf_counter()
+    try:
+        path = write_checkpoint(context.checkpoint_folder, checkpoint)
+    except OSError as error:
+        problem = f"the checkpoint of step {checkpoint.step} cannot be written to {context.checkpoint_folder}: {error}"
+        if is_last:
+            raise OSError(error.errno, f"{problem}; make room there and retry") from error
+        # Training is worth more than this one file; the one before it stays good.
+        yield LogLine(level="error", text=f"{problem}; training goes on, older checkpoints stay")
+        return
+    yield CheckpointSaved(
+        step=checkpoint.step,
+        path=str(path),
+        size_bytes=path.stat().st_size,
+        duration_s=time.perf_counter() - began,
+    )

@@ -1,0 +1,50 @@
+"""Agreeing on the checkpoint that a new attempt goes on from."""
+
+import torch
+import torch.distributed as dist
+
+from service.training.checkpoint import (
+    LatestCheckpoint,
+    UnusableCheckpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    read_checkpoint,
+)
+from service.training.context import RankContext
+
+
+def find_checkpoint(context: RankContext, fingerprint: str) -> LatestCheckpoint:
+    """The newest checkpoint that is good on every rank, or none where no rank sees any. All ranks must call.
+
+    Every rank reads and verifies by itself, and one exchange finds the oldest of their findings, so that ranks never
+    go on from different steps.
+
+    Raises: UnusableCheckpoint if only some ranks see a checkpoint, or it belongs to a run with another fingerprint.
+    """
+    folder = context.checkpoint_folder
+    found = latest_checkpoint(folder)
+    step = found.checkpoint.step if found.checkpoint else 0
+    lowest, highest = _range_over_ranks(step, context)
+    if lowest == 0 and highest > 0:
+        raise UnusableCheckpoint(
+            f"some ranks see a good checkpoint of step {highest} and others none in {folder}; "
+            "the storage folder must be one folder that every worker reaches under this path"
+        )
+    if lowest < step:
+        older = f"step {step} is good here and not on every rank; going on from step {lowest}"
+        found = LatestCheckpoint(read_checkpoint(checkpoint_path(folder, lowest)), (*found.problems, older))
+    if found.checkpoint and found.checkpoint.fingerprint != fingerprint:
+        raise UnusableCheckpoint(
+            f"the checkpoints in {folder} belong to a job with other numbers (model, data, optimizer, seed, workers "
+            "or batch differ); choose another storage folder, or go on with the spec they were made with"
+        )
+    return found
+
+
+def _range_over_ranks(step: int, context: RankContext) -> tuple[int, int]:
+    if context.world_size == 1:
+        return step, step
+    bounds = torch.tensor([step, -step], device=context.device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
+    lowest, highest = bounds.tolist()
+    return lowest, -highest
