@@ -1,1 +1,5 @@
-"""Placeholder."""
+"""The service's memory: jobs, attempts, events, metrics and logs. The only part that speaks SQL."""
+
+from service.store.store import JobStore
+
+__all__ = ["JobStore"]

@@ -1,0 +1,29 @@
+"""Evaluations and drift over a job's life. Of a step that several attempts came to, the latest attempt's is told."""
+
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from service.jobs import Drift, Evaluation
+from service.store.events import bodies_of_type
+
+_Checkup = TypeVar("_Checkup", Evaluation, Drift)
+
+
+def evaluations_of(connection: Connection, job_id: str) -> list[Evaluation]:
+    """Every evaluation in order of steps."""
+    return _by_step(connection, job_id, "evaluation", Evaluation)
+
+
+def drift_of(connection: Connection, job_id: str) -> list[Drift]:
+    """Every drift measurement in order of steps."""
+    return _by_step(connection, job_id, "drift", Drift)
+
+
+def _by_step(connection: Connection, job_id: str, event_type: str, kind: type[_Checkup]) -> list[_Checkup]:
+    latest: dict[int, tuple[int, _Checkup]] = {}
+    for attempt, body in bodies_of_type(connection, job_id, event_type):
+        checkup = kind.model_validate_json(body)
+        if checkup.step not in latest or latest[checkup.step][0] <= attempt:
+            latest[checkup.step] = (attempt, checkup)
+    return [latest[step][1] for step in sorted(latest)]

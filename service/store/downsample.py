@@ -1,0 +1,53 @@
+"""Fewer points for a picture, without losing what the picture is for: extremes and non-finite values."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_POINTS = 10
+"""The fewest points that can be asked for; a bucket may need five."""
+
+
+def downsample(values: NDArray[np.float64], max_points: int) -> NDArray[np.intp]:
+    """Which of ``values`` to keep, as sorted indices: all, if there are at most ``max_points``.
+
+    Otherwise the values are cut into equal buckets of consecutive points, and each bucket keeps its least and its
+    greatest finite value. All non-finite values are kept while they take up no more than half of ``max_points``;
+    beyond that each bucket keeps its first NaN, its first infinity and its first negative infinity.
+
+    Shape: ``(n,) -> (m,)`` with ``m <= max(max_points, MIN_POINTS)``. Cost: a few passes over the values.
+    """
+    max_points = max(max_points, MIN_POINTS)
+    if len(values) <= max_points:
+        return np.arange(len(values))
+    non_finite = np.flatnonzero(~np.isfinite(values))
+    if 2 * len(non_finite) <= max_points:
+        num_buckets = (max_points - len(non_finite)) // 2
+        return np.union1d(non_finite, _extremes(values, num_buckets))
+    num_buckets = max_points // 5
+    return np.union1d(_first_of_each_kind(values, num_buckets), _extremes(values, num_buckets))
+
+
+def _edges(num_values: int, num_buckets: int) -> NDArray[np.intp]:
+    # No bucket is empty, because there are never more buckets than values.
+    return np.arange(num_buckets, dtype=np.intp) * num_values // num_buckets
+
+
+def _extremes(values: NDArray[np.float64], num_buckets: int) -> NDArray[np.intp]:
+    finite = np.flatnonzero(np.isfinite(values))
+    if not len(finite):
+        return finite
+    bucket = np.searchsorted(_edges(len(values), num_buckets), finite, side="right")
+    # Sorted by bucket, then value: the ends of each bucket's stretch are its extremes.
+    order = finite[np.lexsort((values[finite], bucket))]
+    ends = np.flatnonzero(np.diff(bucket)) + 1
+    return np.concatenate((order[np.r_[0, ends]], order[np.r_[ends, len(order)] - 1]))
+
+
+def _first_of_each_kind(values: NDArray[np.float64], num_buckets: int) -> NDArray[np.intp]:
+    edges = _edges(len(values), num_buckets)
+    first: list[NDArray[np.intp]] = []
+    for kind in (np.isnan(values), np.isposinf(values), np.isneginf(values)):
+        where = np.flatnonzero(kind)
+        bucket = np.searchsorted(edges, where, side="right")
+        first.append(where[np.unique(bucket, return_index=True)[1]])
+    return np.concatenate(first)

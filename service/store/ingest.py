@@ -1,0 +1,189 @@
+"""Taking in what a run tells: each fact once, whatever is repeated, reordered or lost on the way."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, insert, select, update
+
+from service.errors import FieldProblem, InvalidRequest
+from service.jobs import (
+    RUNNER,
+    AttemptEnded,
+    Control,
+    IngestBatch,
+    IngestReply,
+    Job,
+    JobState,
+    LogLine,
+    PhaseChanged,
+    RankBatch,
+    RankStarted,
+    StepMetrics,
+    TelemetryEvent,
+)
+from service.store.attempts import authorize
+from service.store.events import NewEvent, append_events
+from service.store.jobs import get_job, phase_changed
+from service.store.logs import NewLine, append_lines
+from service.store.progress import advance
+from service.store.received import Received
+from service.store.schema import attempts, jobs, ranks
+from service.store.steps import mean_loss, store_steps
+
+_WANTED = frozenset({JobState.STARTING, JobState.RUNNING, JobState.PAUSING})
+"""States in which the newest attempt shall go on."""
+
+_MAX_STEP = 2**31
+
+
+@dataclass(frozen=True)
+class _Fact:
+    rank: int
+    time: datetime
+    event: TelemetryEvent
+
+
+@dataclass
+class _Rank:
+    """What the store knows of one rank of an attempt."""
+
+    received: Received = field(default_factory=Received)
+    started: bool = False
+    last_step: int = 0
+
+    def learn(self, event: TelemetryEvent) -> None:
+        self.started = self.started or isinstance(event, RankStarted)
+        self.last_step = max(self.last_step, _step(event))
+
+
+def ingest(connection: Connection, attempt_id: str, token: str, batch: IngestBatch, now: datetime) -> IngestReply:
+    """Store the facts that are new, and answer what the attempt shall do.
+
+    ``next_seq`` names, for each rank ever heard of, the lowest sequence number that has not arrived. Facts beyond a
+    hole are stored at once and remembered; a sender that still has the hole's facts goes back to ``next_seq`` and
+    may send everything from there again, one that has not simply goes on.
+
+    An attempt that is no longer the newest, or whose job is terminal, is told to abort and nothing is stored; while
+    a job is cancelling, recovering, queued or paused its newest attempt is told to abort, but is still listened to.
+
+    Raises: Unauthorized; InvalidRequest for a rank that the job has not, or times that do not fit the facts.
+    """
+    job_id, attempt = authorize(connection, attempt_id, token)
+    job = get_job(connection, job_id, now)
+    _check(batch, job.spec.num_workers)
+    known = _load_ranks(connection, job_id, attempt)
+    if job.state.terminal or job.attempt != attempt:
+        return _reply(Control.ABORT, known)
+    facts = [fact for part in batch.batches for fact in _new_facts(part, known)]
+    touched = {part.rank for part in batch.batches}
+    _store_ranks(connection, job_id, attempt, {rank: known[rank] for rank in touched})
+    _store_facts(connection, job, facts)
+    _store_attempt(connection, job, facts, now)
+    _store_job(connection, job, facts, known, now)
+    return _reply(Control.CONTINUE if job.state in _WANTED else Control.ABORT, known)
+
+
+def _reply(control: Control, known: dict[int, _Rank]) -> IngestReply:
+    return IngestReply(control=control, next_seq={rank: known[rank].received.next_seq for rank in sorted(known)})
+
+
+def _check(batch: IngestBatch, num_workers: int) -> None:
+    problems = []
+    for index, part in enumerate(batch.batches):
+        if part.rank >= num_workers:
+            text = f"the job has ranks {RUNNER} (the runner) to {num_workers - 1}"
+            problems.append(FieldProblem(f"/batches/{index}/rank", "rank_unknown", text))
+        if len(part.times) != len(part.events):
+            text = f"{len(part.times)} times for {len(part.events)} events"
+            problems.append(FieldProblem(f"/batches/{index}/times", "times_mismatch", text))
+        elif not all(0 <= time < 1e11 for time in part.times):
+            text = "times are seconds since 1970, and finite"
+            problems.append(FieldProblem(f"/batches/{index}/times", "time_impossible", text))
+        if not all(0 <= _step(event) < _MAX_STEP for event in part.events):
+            text = f"steps are at least 0 and below {_MAX_STEP}"
+            problems.append(FieldProblem(f"/batches/{index}/events", "step_impossible", text))
+    if problems:
+        raise InvalidRequest(problems)
+
+
+def _step(event: TelemetryEvent) -> int:
+    if isinstance(event, RankStarted):
+        return event.resumed_step
+    return event.step if isinstance(event, StepMetrics) else 0
+
+
+def _load_ranks(connection: Connection, job_id: str, attempt: int) -> dict[int, _Rank]:
+    query = select(ranks).where(ranks.c.job_id == job_id, ranks.c.attempt == attempt)
+    return {
+        row.rank: _Rank(Received.load(row.received), row.started, row.last_step) for row in connection.execute(query)
+    }
+
+
+def _new_facts(part: RankBatch, known: dict[int, _Rank]) -> Iterator[_Fact]:
+    """The facts that have not arrived before, now noted as arrived."""
+    rank = known.setdefault(part.rank, _Rank())
+    end = part.first_seq + len(part.events)
+    holes = rank.received.missing(part.first_seq, end)
+    rank.received = rank.received.plus(part.first_seq, end)
+    for first, stop in holes:
+        for index in range(first - part.first_seq, stop - part.first_seq):
+            rank.learn(part.events[index])
+            yield _Fact(part.rank, datetime.fromtimestamp(part.times[index], UTC), part.events[index])
+
+
+def _store_ranks(connection: Connection, job_id: str, attempt: int, touched: dict[int, _Rank]) -> None:
+    for number, rank in touched.items():
+        chosen = {"job_id": job_id, "attempt": attempt, "rank": number}
+        values = {"received": rank.received.dump(), "started": rank.started, "last_step": rank.last_step}
+        if connection.execute(update(ranks).filter_by(**chosen).values(values)).rowcount == 0:
+            connection.execute(insert(ranks).values(chosen | values))
+
+
+def _store_facts(connection: Connection, job: Job, facts: Sequence[_Fact]) -> None:
+    lines: list[NewLine] = []
+    events: list[NewEvent] = []
+    phase = job.phase
+    for fact in facts:
+        event = fact.event
+        if isinstance(event, LogLine):
+            lines.append(NewLine(fact.time, job.attempt, fact.rank, event.level, event.text))
+        elif isinstance(event, PhaseChanged):
+            if event.phase is not phase and _may_say_phase(job):
+                phase = event.phase
+                said = {"phase": phase, "reason": job.reason, "detail": job.detail}
+                events.append(phase_changed(fact.time, job.attempt, rank=fact.rank, **said))
+        elif not isinstance(event, StepMetrics):
+            events.append(NewEvent(fact.time, event.type, event.model_dump_json(), job.attempt, fact.rank))
+    told = [(fact.rank, fact.event) for fact in facts if isinstance(fact.event, StepMetrics)]
+    store_steps(connection, job.id, job.attempt, told)
+    append_lines(connection, job.id, lines)
+    append_events(connection, job.id, events)
+    if phase is not job.phase:
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(phase=phase))
+
+
+def _may_say_phase(job: Job) -> bool:
+    # Of a job that recovers or waits the scheduler tells the phase, not the attempt that is over.
+    return job.state in _WANTED or job.state is JobState.CANCELLING
+
+
+def _store_attempt(connection: Connection, job: Job, facts: Sequence[_Fact], now: datetime) -> None:
+    values: dict[str, object] = {"heartbeat_at": now}
+    for fact in facts:
+        if isinstance(fact.event, AttemptEnded):
+            values["ended"] = fact.event.model_dump_json()
+    chosen = (attempts.c.job_id == job.id, attempts.c.number == job.attempt)
+    connection.execute(update(attempts).where(*chosen).values(values))
+
+
+def _store_job(
+    connection: Connection, job: Job, facts: Sequence[_Fact], known: dict[int, _Rank], now: datetime
+) -> None:
+    values: dict[str, object] = {"heartbeat_at": now}
+    if facts:
+        last_steps = [rank.last_step for number, rank in known.items() if number != RUNNER]
+        loss = mean_loss(connection, job.id, min(last_steps)) if last_steps else None
+        progress = advance(job.progress, [fact.event for fact in facts], max(last_steps, default=0), loss)
+        values["progress"] = None if progress is None else progress.model_dump_json()
+    connection.execute(update(jobs).where(jobs.c.id == job.id).values(values))

@@ -1,0 +1,171 @@
+"""The tables, and the column types that keep times and non-finite numbers exact on every database."""
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+from sqlalchemy.types import TypeDecorator
+
+SCHEMA_VERSION = 1
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware time, kept as whole microseconds since the epoch: exact, sortable, the same everywhere."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Microseconds since the epoch."""
+        return None if value is None else (value - _EPOCH) // timedelta(microseconds=1)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:
+        """Back to a time in UTC."""
+        return None if value is None else _EPOCH + timedelta(microseconds=value)
+
+
+class Measure(TypeDecorator[float]):
+    """A measured number that may be NaN, which is kept as NULL because SQLite has none; infinities stay as they are."""
+
+    impl = Double
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
+        """NULL for NaN."""
+        return None if value is None or math.isnan(value) else value
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> float:
+        """NaN for NULL."""
+        return math.nan if value is None else float(value)
+
+
+class Words(TypeDecorator[str]):
+    """Text from outside; what cannot be stored as UTF-8 (lone surrogates, NUL) becomes U+FFFD."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Storable text."""
+        if value is None:
+            return None
+        return value.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+metadata = MetaData()
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, nullable=False))
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("phase", String(32)),
+    Column("reason", String(32)),
+    Column("detail", Words, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("progress", Text),
+    Column("version", Integer, nullable=False),
+    Column("num_events", Integer, nullable=False),
+    Column("num_logs", Integer, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+    Column("started_at", UtcTime),
+    Column("finished_at", UtcTime),
+    Column("observed_at", UtcTime),
+    Column("heartbeat_at", UtcTime),
+    Index("jobs_by_age", "created_at", "id"),
+    Index("jobs_by_state", "state", "created_at", "id"),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("key", String(255), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("spec_sha256", String(64), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("token_sha256", String(64), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("heartbeat_at", UtcTime),
+    Column("ended", Text),
+)
+
+ranks = Table(
+    "ranks",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("received", Text, nullable=False),
+    Column("started", Boolean, nullable=False),
+    Column("last_step", Integer, nullable=False),
+    ForeignKeyConstraint(["job_id", "attempt"], ["attempts.job_id", "attempts.number"]),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("time", UtcTime, nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("attempt", Integer),
+    Column("rank", Integer),
+    Column("body", Text, nullable=False),
+    Index("events_by_type", "job_id", "type", "seq"),
+)
+
+logs = Table(
+    "logs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("time", UtcTime, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("level", String(16), nullable=False),
+    Column("text", Words, nullable=False),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("loss", Measure),
+    Column("learning_rate", Measure),
+    Column("step_s", Measure),
+    # The rows lie in the order in which they are read, step by step; databases other than SQLite ignore this.
+    sqlite_with_rowid=False,
+)
