@@ -12,7 +12,9 @@ import structlog
 import uvicorn
 
 from service.api import create_app
-from service.cluster import LocalRayHead, RayJobServer, RayLauncher
+from service.cluster.head import LocalRayHead
+from service.cluster.job_server import RayJobServer
+from service.cluster.launcher import RayLauncher
 from service.errors import FieldProblem, ServiceError, StoreUnavailable
 from service.jobs import JobSpec, JobState, Reason
 from service.lock import lock_data_folder

@@ -1,9 +1,9 @@
 """What a run tells while it happens: one small frozen value per fact, sent from the ranks to the service."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from service.jobs.states import Phase, Reason
 
@@ -174,6 +174,12 @@ class RankBatch(Telemetry):
     times: tuple[float, ...]
     """When each fact happened, in seconds since the epoch."""
     events: tuple[TelemetryEvent, ...]
+
+    @model_validator(mode="after")
+    def _one_time_for_each_event(self) -> Self:
+        if len(self.times) != len(self.events):
+            raise ValueError(f"{len(self.times)} times for {len(self.events)} events; give one for each")
+        return self
 
 
 class IngestBatch(Telemetry):

@@ -1,0 +1,198 @@
+"""What the command line shows to people: tables, panels and the live progress bar."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from service.client import Client
+from service.errors import InvalidRequest, ServiceError
+from service.jobs import DriftColour, Job, JobReport, LogRecord
+from service.jobs import Progress as JobProgress
+
+if TYPE_CHECKING:
+    from service.doctor import Finding
+
+_COLOUR = {
+    DriftColour.GREEN: "green",
+    DriftColour.AMBER: "yellow",
+    DriftColour.RED: "red",
+    DriftColour.UNDECIDED: "dim",
+}
+
+
+_COMPARED: dict[str, Callable[[JobReport], str]] = {
+    "normalization": lambda r: str(r.normalization),
+    "accuracy, stored statistics": lambda r: _percent(r.last_evaluation and r.last_evaluation.stored.accuracy),
+    "accuracy, population statistics": lambda r: _percent(r.last_evaluation and r.last_evaluation.population.accuracy),
+    "loss, stored statistics": lambda r: _number(r.last_evaluation and r.last_evaluation.stored.loss),
+    "loss, population statistics": lambda r: _number(r.last_evaluation and r.last_evaluation.population.loss),
+    "worst layer's drift (sigma)": lambda r: _number(r.drift.worst_layer and r.drift.worst_layer.rms_mean_shift),
+    "rank disagreement (sigma)": lambda r: _number(r.drift.max_rank_disagreement),
+    "steps": lambda r: str(r.num_steps),
+    "seconds of training": lambda r: _number(r.training_s),
+    "training loss is": lambda r: str(r.convergence.verdict),
+    "running statistics are": lambda r: f"[{_COLOUR[r.drift.colour]}]{r.drift.colour}[/]",
+}
+"""The rows of `comparison_table`; accuracy and loss are those of the last validation."""
+
+
+def print_error(console: Console, error: ServiceError) -> None:
+    """One line for an error, or one for each wrong field."""
+    if isinstance(error, InvalidRequest):
+        for problem in error.problems:
+            where = f"[bold]{escape(problem.pointer)}[/]: " if problem.pointer else ""
+            console.print(f"[red]error:[/] {where}{escape(problem.message)}", soft_wrap=True, highlight=False)
+    else:
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+
+
+def job_table(jobs: Iterable[Job]) -> Table:
+    """One line for each job."""
+    table = Table("job", "name", "state", "step", "loss", "accuracy", "created", box=None)
+    for job in jobs:
+        progress = job.progress
+        table.add_row(
+            job.id,
+            job.spec.name,
+            str(job.state) + (f" ({job.phase})" if job.phase else ""),
+            f"{progress.step}/{progress.total_steps}" if progress else "",
+            _number(progress.train_loss if progress else None),
+            _percent(progress.validation_accuracy if progress else None),
+            f"{job.created_at:%Y-%m-%d %H:%M:%S}",
+        )
+    return table
+
+
+def job_panel(job: Job) -> RenderableType:
+    """Everything about one job that is not its report."""
+    rows: list[tuple[str, str]] = [
+        ("state", str(job.state) + (f", {job.phase}" if job.phase else "") + (" (stale)" if job.stale else "")),
+        ("why", f"{job.reason}: {job.detail}" if job.reason else job.detail),
+        ("model", f"{job.spec.model.name} on {job.spec.data}"),
+        ("normalization", f"{job.spec.normalization} over {job.spec.normalization_batch_size} images"),
+        ("workers", f"{job.spec.num_workers} with {job.spec.batch_size_per_worker} images each"),
+        ("attempt", str(job.attempt)),
+    ]
+    if job.heartbeat_age_s is not None and not job.state.terminal:
+        rows.append(("last heard", f"{job.heartbeat_age_s:.1f} s ago"))
+    if job.progress is not None:
+        rows.append(("progress", _progress_line(job.progress)))
+    return Panel(_rows(rows), title=f"{job.id}  {escape(job.spec.name)}", title_align="left")
+
+
+def report_panel(report: JobReport) -> RenderableType:
+    """The report as text: the verdicts first, then the numbers behind them."""
+    drift, convergence, last = report.drift, report.convergence, report.last_evaluation
+    rows = [
+        ("convergence", f"[bold]{convergence.verdict}[/]: {escape(convergence.sentence)}"),
+        ("drift", f"[bold {_COLOUR[drift.colour]}]{drift.colour}[/]: {escape(drift.sentence)}"),
+        *(("advice", escape(advice)) for advice in drift.advice),
+    ]
+    if last is not None:
+        rows += [
+            ("stored statistics", f"accuracy {_percent(last.stored.accuracy)}, loss {_number(last.stored.loss)}"),
+            (
+                "population statistics",
+                f"accuracy {_percent(last.population.accuracy)}, loss {_number(last.population.loss)}",
+            ),
+        ]
+    if drift.worst_layer is not None:
+        layer = drift.worst_layer
+        rows.append(("worst layer", f"{layer.layer}: running mean off by {_number(layer.rms_mean_shift)} sigma (rms)"))
+    if drift.max_rank_disagreement is not None:
+        rows.append(("ranks disagree by", f"{_number(drift.max_rank_disagreement)} sigma"))
+    rows.append(("steps", f"{report.num_steps} in {_duration(report.training_s)}, {report.num_attempts} attempt(s)"))
+    state = f"{report.state}" + ("" if report.complete else ", not complete yet")
+    return Panel(_rows(rows), title=f"{report.job_id}  {escape(report.name)}  ({state})", title_align="left")
+
+
+def comparison_table(reports: Sequence[JobReport], titles: Sequence[str]) -> Table:
+    """Several reports side by side, one column each."""
+    table = Table("", *titles, title="the same network, data and seed", title_justify="left")
+    for name, cell in _COMPARED.items():
+        table.add_row(name, *(cell(report) for report in reports))
+    return table
+
+
+def findings_table(findings: Sequence["Finding"]) -> Table:
+    """What the doctor found."""
+    table = Table("", "check", "found", "remedy", box=None)
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]!![/]"
+        table.add_row(mark, escape(finding.check), escape(finding.found), escape(finding.remedy))
+    return table
+
+
+def log_line(record: LogRecord) -> str:
+    """One log record as one line."""
+    who = f"rank {record.rank}" if record.rank >= 0 else "runner"
+    return f"{record.time:%H:%M:%S} attempt {record.attempt} {who:>7} {record.level:7} {record.text}"
+
+
+def watch(console: Console, client: Client, job_id: str) -> None:
+    """Follow a job with a progress bar until it ends; what happens to it is printed above the bar."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        console=console,
+    )  # fmt: skip
+    job = client.job(job_id)
+    with bar:
+        task = bar.add_task(job.spec.name, total=None, text=str(job.state))
+        for kind, payload in client.stream(job_id):
+            if kind == "progress":
+                _show_progress(bar, task, JobProgress.model_validate(payload))
+            elif (line := _event_line(kind, payload)) is not None:
+                bar.console.print(line, highlight=False)
+
+
+def _show_progress(bar: Progress, task: TaskID, progress: JobProgress) -> None:
+    bar.update(task, completed=progress.step, total=progress.total_steps, text=_progress_line(progress))
+
+
+def _progress_line(progress: JobProgress) -> str:
+    parts = [f"loss {_number(progress.train_loss)}"]
+    if progress.validation_accuracy is not None:
+        parts.append(f"accuracy {_percent(progress.validation_accuracy)}")
+    if progress.worst_layer_drift is not None:
+        parts.append(f"drift {_number(progress.worst_layer_drift)}")
+    if progress.remaining_s is not None and progress.step < progress.total_steps:
+        parts.append(f"{_duration(progress.remaining_s)} left")
+    return "  ".join(parts)
+
+
+def _event_line(kind: str, payload: Mapping[str, Any]) -> str | None:
+    body = payload.get("body", {})
+    if kind == "state_changed":
+        why = f" ({body['reason']}: {escape(str(body.get('detail', '')))})" if body.get("reason") else ""
+        return f"  [dim]{body.get('from')} ->[/] [bold]{body.get('to')}[/]{why}"
+    if kind == "rank_started" and body.get("resumed_step"):
+        return f"  [dim]rank {payload.get('rank')} goes on from step {body['resumed_step']}[/]"
+    return None
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        if value:
+            table.add_row(f"[dim]{name}[/]", value)
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{seconds:.1f} s"
