@@ -123,8 +123,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def _newest_first(folder: Path) -> list[Path]:
     # Manifests count too: one whose other half has vanished should be told, not passed over.
-    steps = {path.with_suffix("") for suffix in (".pt", ".json") for path in folder.glob(f"step-*{suffix}")}
-    return [path.with_suffix(".pt") for path in sorted(steps, reverse=True)]
+    paths = {path.with_suffix(".pt") for kind in ("pt", "json") for path in folder.glob(f"step-[0-9]*.{kind}")}
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def _manifest_path(path: Path) -> Path:
@@ -165,10 +169,9 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _remove_others(folder: Path, newest_step: int) -> None:
-    newest = checkpoint_path(folder, newest_step)
-    current = [path for path in _newest_first(folder) if path <= newest]
-    kept = set(current[:NUM_KEPT])
-    for path in _newest_first(folder):
+    paths = _newest_first(folder)
+    kept = [path for path in paths if _step_of(path) <= newest_step][:NUM_KEPT]
+    for path in paths:
         if path not in kept:
             _manifest_path(path).unlink(missing_ok=True)  # first: without it the other half is no checkpoint
             path.unlink(missing_ok=True)
