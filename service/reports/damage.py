@@ -1,0 +1,77 @@
+"""What stored statistics cost against population statistics, and which colour that deserves."""
+
+import math
+from dataclasses import dataclass
+
+from service.jobs import DriftColour, Evaluation
+from service.reports.margins import practical_size
+
+Z_95 = 1.959964
+AMBER_LOSS_SHARE = 0.01
+RED_LOSS_SHARE = 0.05
+RED_ACCURACY = 0.005
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of paired differences with its 95 % interval, by the normal approximation."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, mean: float, standard_error: float) -> "Interval":
+        """The interval ``mean +- 1.96 standard_error``; all NaN where a number is no number or the error negative."""
+        if not (math.isfinite(mean) and math.isfinite(standard_error) and standard_error >= 0):
+            return cls(mean, math.nan, math.nan)
+        return cls(mean, mean - Z_95 * standard_error, mean + Z_95 * standard_error)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval at all."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+
+def loss_damage(evaluation: Evaluation) -> Interval:
+    """Stored minus population loss in nats."""
+    return Interval.of(evaluation.loss_damage, evaluation.loss_damage_se)
+
+
+def accuracy_damage(evaluation: Evaluation) -> Interval:
+    """Population minus stored accuracy in shares of 1."""
+    return Interval.of(evaluation.accuracy_damage, evaluation.accuracy_damage_se)
+
+
+def colour_of(evaluation: Evaluation) -> DriftColour:
+    """The colour of measured damage; an effect counts only when its 95 % interval lies above 0.
+
+    Red: loss damage above 5 % of the population loss, or accuracy damage above 0.5 point, or stored statistics
+    that give no finite loss. Amber: loss damage of 1 to 5 %, or smaller accuracy damage that counts. Undecided:
+    no interval, or a loss interval that reaches from no damage into red. Green: everything else.
+    """
+    if not math.isfinite(evaluation.stored.loss):
+        return DriftColour.RED
+    loss, accuracy = loss_damage(evaluation), accuracy_damage(evaluation)
+    scale = practical_size(evaluation.population.loss)
+    if (loss.low > 0 and loss.mean > RED_LOSS_SHARE * scale) or (accuracy.low > 0 and accuracy.mean > RED_ACCURACY):
+        return DriftColour.RED
+    if not (loss.known and accuracy.known and math.isfinite(scale)) or evaluation.num_images < 2:
+        return DriftColour.UNDECIDED
+    if (loss.low > 0 and loss.mean >= AMBER_LOSS_SHARE * scale) or accuracy.low > 0:
+        return DriftColour.AMBER
+    if loss.low <= 0 and loss.high > RED_LOSS_SHARE * scale:
+        return DriftColour.UNDECIDED
+    return DriftColour.GREEN
+
+
+def poor_under_both(evaluation: Evaluation, num_classes: int | None) -> bool:
+    """Whether the network is no good even with population statistics, so that stale buffers are not the cause.
+
+    Poor means an accuracy nearer to guessing than to perfect, or a loss above half the loss of guessing.
+    """
+    chance = 1 / num_classes if num_classes else 0.0
+    best_accuracy = max(evaluation.stored.accuracy, evaluation.population.accuracy)
+    best_loss = min(evaluation.stored.loss, evaluation.population.loss)
+    too_high = num_classes is not None and best_loss > 0.5 * math.log(max(num_classes, 2))
+    return best_accuracy < (1 + chance) / 2 or too_high
