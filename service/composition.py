@@ -100,7 +100,7 @@ def _connect_cluster(settings: Settings) -> tuple[RayLauncher, LocalRayHead | No
         server = RayJobServer(str(settings.ray_address), token)
         return RayLauncher(lambda: server), None
     head = LocalRayHead(settings.data_dir / "ray", settings.num_local_cpus)
-    return RayLauncher(lambda: RayJobServer(*head.ensure())), head
+    return RayLauncher(head.connect), head
 
 
 def _stop_head(head: LocalRayHead, store: JobStore) -> None:

@@ -1,0 +1,42 @@
+"""How long the API takes to accept a job and to tell about it, over HTTP on loopback, one client at a time.
+
+The service is given a cluster that does not answer, so that the jobs stay queued and only the API is measured.
+"""
+
+import time
+
+from benchmarks.record import record, spread
+from benchmarks.running_service import running_service
+from service.jobs import JobSpec
+
+NUM_JOBS = 300
+NUM_WARMUP = 20
+
+
+def main() -> None:
+    """Submit jobs, get each of them, and list them."""
+    submit_ms, get_ms, list_ms = [], [], []
+    with running_service(SYNCBN_RAY_ADDRESS="http://127.0.0.1:9") as client:
+        for number in range(NUM_WARMUP + NUM_JOBS):
+            spec = JobSpec(name=f"job {number}", epochs=1)
+            start = time.perf_counter()
+            job = client.submit(spec)
+            submitted = time.perf_counter()
+            client.job(job.id)
+            got = time.perf_counter()
+            client.jobs(limit=50)
+            listed = time.perf_counter()
+            if number >= NUM_WARMUP:
+                submit_ms.append(1e3 * (submitted - start))
+                get_ms.append(1e3 * (got - submitted))
+                list_ms.append(1e3 * (listed - got))
+    record(
+        "api_latency",
+        {"submit_ms": spread(submit_ms), "get_ms": spread(get_ms), "list_50_ms": spread(list_ms)},
+        jobs=NUM_JOBS,
+        store="SQLite",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""A service in a process of its own for benchmarks, on a folder that is gone afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.client import Client
+
+
+@contextmanager
+def running_service(**variables: str) -> Iterator[Client]:
+    """A client of a fresh service; ``variables`` are set in its environment."""
+    with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
+        command = [sys.executable, "-m", "service.cli", "serve", "--json", "--data-dir", folder, "--port", "0"]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=inherited | variables
+        ) as process:
+            try:
+                assert process.stdout is not None
+                with Client(json.loads(process.stdout.readline())["url"]) as client:
+                    yield client
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
