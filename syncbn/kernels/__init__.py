@@ -1,0 +1,1 @@
+"""What one rank computes alone: statistics, normalization and their gradients, without a collective."""

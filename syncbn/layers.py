@@ -1,0 +1,31 @@
+"""Which layers of a model keep running statistics, and under which names; the same on every rank."""
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, whose own forward would communicate; any other model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def tracked_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every BatchNorm that keeps running statistics, torch's or ours, by its path, in the order of modules.
+
+    A layer that stands in several places is named once, by its first. `DistributedDataParallel` adds nothing to
+    the path.
+    """
+    named = unwrapped(model).named_modules()
+    return {path: module for path, module in named if isinstance(module, _BatchNorm) and _is_tracked(module)}
+
+
+def running_moments(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The layer's running mean and (unbiased) variance in float64, ``(C,)`` each."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.detach().double(), layer.running_var.detach().double()
+
+
+def _is_tracked(layer: _BatchNorm) -> bool:
+    return layer.running_mean is not None and layer.running_var is not None

@@ -1,0 +1,149 @@
+"""Population statistics: what the running statistics estimate, computed for the weights as they are now.
+
+Ioffe and Szegedy 2015, Algorithm 2, lines 8 to 12, with the pooled variance of Wu and Johnson 2021 ("Rethinking
+'Batch' in BatchNorm", section 3), which no batch size biases.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.exchange import peers, sum_over_ranks
+from syncbn.kernels.aten import local_moments
+from syncbn.layers import tracked_layers, unwrapped
+from syncbn.moments import BatchMoments
+
+
+@torch.no_grad()
+def population_statistics(
+    model: nn.Module, batches: Iterable[Any], *, process_group: ProcessGroup | None = None
+) -> dict[str, BatchMoments]:
+    """Moments of what each BatchNorm layer is fed, over all ``batches`` of all ranks.
+
+    Each batch goes through ``model(batch)`` in evaluation mode, save that every BatchNorm that keeps running
+    statistics, torch's or ours, normalizes by the batch's own, as in training. Modes, buffers and counters are as
+    before afterwards, whatever happens.
+
+    Returns:
+        By module path, in the order in which the layers first ran (for ranks that differ, on average); the same on
+        every rank. Every value counts once, so batches may be of any size. Layers that never ran are left out.
+    Cost: a forward pass a batch, and ONE exchange of ``2C + 3`` doubles a layer, all in one vector, when this
+        rank's batches are used up. All ranks must call, also those without any batch.
+    Raises: ValueError from torch, for a batch with a single value per channel.
+    """
+    layers = tracked_layers(model)
+    record = _Record(layers)
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for layer in layers.values():
+            stack.enter_context(_buffers(layer, running_mean=None, running_var=None))
+        stack.enter_context(record.listening())
+        for batch in batches:
+            unwrapped(model)(batch)
+    return record.pooled(peers(process_group))
+
+
+@contextmanager
+def using_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -> Iterator[None]:
+    """Inside the block, the named layers hold ``statistics`` (the variance unbiased) as their running statistics.
+
+    Afterwards the layers have their own buffers again: the same tensors, which nothing in the block has written to,
+    not even training. Layers that ``statistics`` does not name keep theirs throughout. Modes are the caller's:
+    statistics only matter in evaluation mode.
+
+    Raises:
+        ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
+    """
+    layers = tracked_layers(model)
+    unknown = sorted(statistics.keys() - layers.keys())
+    if unknown:
+        raise ValueError(f"no layers with running statistics at {unknown}; the model has {sorted(layers)}")
+    with ExitStack() as stack:
+        for path, moments in statistics.items():
+            stack.enter_context(_buffers(layers[path], **_as_buffers(layers[path], moments)))
+        yield
+
+
+class _Record:
+    """What passed through each layer on this rank: moments, and at which place in the order it first ran."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+        self._layers = layers
+        self._moments = {path: BatchMoments.empty(layer.num_features, _device(layer)) for path, layer in layers.items()}
+        self._order: dict[str, int] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of every input of every layer inside the block."""
+        with ExitStack() as stack:
+            for path, layer in self._layers.items():
+                handle = layer.register_forward_pre_hook(partial(self._note, path), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def _note(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._order.setdefault(path, len(self._order))
+        values = args[0] if args else kwargs["input"]
+        self._moments[path] = self._moments[path].merge(local_moments(values))
+
+    def pooled(self, process_group: ProcessGroup | None) -> dict[str, BatchMoments]:
+        """The moments over all ranks, sorted by when the layers ran; joined by ranks that saw nothing as well."""
+        if not self._layers:
+            return {}
+        if process_group is None:
+            return {path: self._moments[path] for path in self._order}
+        slots = [torch.cat([self._moments[path].pack(), self._place(path)]) for path in self._layers]
+        total = sum_over_ranks(torch.cat(slots), process_group)
+        parts = dict(zip(self._layers, torch.split(total, [slot.numel() for slot in slots]), strict=True))
+        places = {path: (part[-2] / part[-1]).item() for path, part in parts.items() if part[-1] > 0}
+        return {path: BatchMoments.unpack(parts[path][:-2]) for path in sorted(places, key=places.__getitem__)}
+
+    def _place(self, path: str) -> Tensor:
+        """Place in the order, and a one to divide the ranks' sum of places by; zeros if the layer never ran."""
+        ran = path in self._order
+        return torch.tensor([self._order.get(path, 0), ran], dtype=torch.float64, device=_device(self._layers[path]))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; each module has its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _buffers(layer: _BatchNorm, **replacements: Tensor | None) -> Iterator[None]:
+    """Other tensors, or none, in place of the named buffers; the layer has its own again afterwards."""
+    originals = {name: layer._buffers[name] for name in replacements}
+    layer._buffers.update(replacements)
+    try:
+        yield
+    finally:
+        layer._buffers.update(originals)
+
+
+def _as_buffers(layer: _BatchNorm, moments: BatchMoments) -> dict[str, Tensor | None]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    counter = layer.num_batches_tracked
+    return {
+        "running_mean": moments.mean.to(layer.running_mean, copy=True),
+        "running_var": moments.unbiased_var.to(layer.running_var, copy=True),
+        "num_batches_tracked": None if counter is None else counter.clone(),
+    }
+
+
+def _device(layer: _BatchNorm) -> torch.device:
+    assert layer.running_mean is not None
+    return layer.running_mean.device
