@@ -67,10 +67,9 @@ def unfinished_jobs(connection: Connection, now: datetime) -> list[Job]:
 
 def create_job(connection: Connection, spec: JobSpec, idempotency_key: str | None, now: datetime) -> tuple[Job, bool]:
     """A queued job with its first event, or the job that was made under the same key before."""
-    if idempotency_key is not None:
-        earlier = _job_under_key(connection, idempotency_key, spec)
-        if earlier is not None:
-            return get_job(connection, earlier, now), False
+    earlier = None if idempotency_key is None else recall_job(connection, spec, idempotency_key, now)
+    if earlier is not None:
+        return earlier, False
     job_id = _insert_job(connection, spec, now)
     if idempotency_key is not None:
         record = {"key": idempotency_key, "job_id": job_id, "spec_sha256": _fingerprint(spec), "created_at": now}
@@ -78,7 +77,8 @@ def create_job(connection: Connection, spec: JobSpec, idempotency_key: str | Non
     return get_job(connection, job_id, now), True
 
 
-def _job_under_key(connection: Connection, key: str, spec: JobSpec) -> str | None:
+def recall_job(connection: Connection, spec: JobSpec, key: str, now: datetime) -> Job | None:
+    """The job that was made under this key, if any. Raises InvalidRequest where it was made of another spec."""
     if not 1 <= len(key) <= _MAX_KEY_LENGTH or not key.isprintable() or not key.isascii():
         text = f"must be 1 to {_MAX_KEY_LENGTH} printable ASCII letters"
         raise InvalidRequest([FieldProblem("/Idempotency-Key", "idempotency_key_invalid", text)])
@@ -88,7 +88,7 @@ def _job_under_key(connection: Connection, key: str, spec: JobSpec) -> str | Non
     if row.spec_sha256 != _fingerprint(spec):
         text = f"was used before for another spec, which became {row.job_id}; choose a fresh key"
         raise InvalidRequest([FieldProblem("/Idempotency-Key", "idempotency_key_reused", text)])
-    return str(row.job_id)
+    return get_job(connection, row.job_id, now)
 
 
 def _fingerprint(spec: JobSpec) -> str:

@@ -71,6 +71,11 @@ class JobStore:
         with self._database.write() as connection:
             return jobs.create_job(connection, spec, idempotency_key, self._clock())
 
+    def recall(self, spec: JobSpec, idempotency_key: str) -> Job | None:
+        """The job that this key and spec made before, if they did. Raises: InvalidRequest as `create` does."""
+        with self._database.read() as connection:
+            return jobs.recall_job(connection, spec, idempotency_key, self._clock())
+
     def get(self, job_id: str) -> Job:
         """The job as it stands."""
         with self._database.read() as connection:

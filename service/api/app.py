@@ -1,0 +1,62 @@
+"""Puts the API together."""
+
+import threading
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from fastapi import Depends, Request, Response
+from pydantic import SecretStr
+
+from service.api import health, ingest, jobs, problems, stream, telemetry
+from service.api.auth import require_api_token
+from service.api.document import Api
+from service.api.middleware import AllowedHosts, BodyLimit, RequestIds
+from service.api.parts import Parts, parts_of
+from service.api.submission import WrongSpec
+from service.errors import FieldProblem, InvalidRequest
+from service.jobs import JobSpec
+from service.store import JobStore
+
+MAX_BODY_BYTES = 8 * 2**20
+
+
+def create_app(
+    store: JobStore,
+    *,
+    check_placement: Callable[[JobSpec], Sequence[FieldProblem]],
+    readiness: Callable[[], dict[str, str]],
+    stopping: threading.Event,
+    api_token: SecretStr | None = None,
+    allowed_hosts: Sequence[str] = ("127.0.0.1", "localhost", "[::1]"),
+) -> Api:
+    """The API over ``store``.
+
+    ``check_placement`` says why the cluster could never hold a job, ``readiness`` the state of each part ("ok" or
+    what is wrong); both are called in worker threads. With an ``api_token`` every ``/v1`` request must carry it,
+    except an attempt's reports, which carry their own. ``stopping`` ends all streams. A host of ``*`` allows any.
+    """
+    app = Api(
+        title="syncbn",
+        version=version("syncbn"),
+        summary="Trains BatchNorm networks on many workers as if they were one.",
+        # The interactive pages load their scripts from elsewhere; the document itself is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.parts = Parts(store, check_placement, readiness, api_token, stopping)
+    problems.install(app)
+    app.add_exception_handler(WrongSpec, _refuse_spec)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(AllowedHosts, allowed=allowed_hosts)
+    app.add_middleware(RequestIds)
+    for module in (jobs, telemetry, stream):
+        app.include_router(module.router, dependencies=[Depends(require_api_token)])
+    app.include_router(ingest.router)
+    app.include_router(health.router)
+    return app
+
+
+def _refuse_spec(request: Request, error: Exception) -> Response:
+    assert isinstance(error, WrongSpec)
+    wrong = error.problems(parts_of(request).check_placement)
+    return problems.from_error(request, InvalidRequest(wrong))

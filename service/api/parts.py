@@ -1,0 +1,48 @@
+"""What routes need of the rest of the service, handed to the app once."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from pydantic import SecretStr
+
+from service.errors import FieldProblem
+from service.jobs import Job, JobSpec
+from service.store import JobStore
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts behind the API."""
+
+    store: JobStore
+    check_placement: Callable[[JobSpec], Sequence[FieldProblem]]
+    """Why the cluster could never hold such a job; empty where it could."""
+    readiness: Callable[[], dict[str, str]]
+    """The state of each part; "ok" for what works."""
+    api_token: SecretStr | None
+    stopping: threading.Event
+    """Set when the service is about to end: streams shall leave."""
+
+
+def parts_of(request: Request) -> Parts:
+    """The parts of the app that answers this request."""
+    parts = request.app.state.parts
+    assert isinstance(parts, Parts)
+    return parts
+
+
+def _store_of(parts: Annotated[Parts, Depends(parts_of)]) -> JobStore:
+    return parts.store
+
+
+def _job_of(job_id: str, store: Annotated[JobStore, Depends(_store_of)]) -> Job:
+    return store.get(job_id)
+
+
+PartsOf = Annotated[Parts, Depends(parts_of)]
+Store = Annotated[JobStore, Depends(_store_of)]
+ExistingJob = Annotated[Job, Depends(_job_of)]
+"""The job named in the path; there is a 404 where there is none."""

@@ -1,0 +1,222 @@
+"""Python client of the REST API: the same values as inside the service, and the same errors."""
+
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx2
+
+from service.errors import FieldProblem, InvalidRequest, ServiceError
+from service.jobs import Drift, Job, JobEvent, JobPage, JobReport, JobSpec, JobState, LogRecord, MetricSeries
+
+_SILENCE_S = 45.0
+"""A stream says something at least every 15 s; three times that without a word is a lost connection."""
+
+_PAUSES_S = (0.1, 0.3, 1.0, 2.0)
+
+
+class ServiceUnreachable(ServiceError):
+    """Nothing answers at the service's address."""
+
+    status = 503
+    code = "service_unreachable"
+    title = "The service cannot be reached"
+    retryable = True
+
+
+class Client:
+    """Talks to one service; every method raises the `ServiceError` that the service answered with.
+
+    ``timeout_s`` bounds each request; `stream` instead bounds the silence, and how long the service may be away.
+    """
+
+    def __init__(
+        self, base_url: str = "http://127.0.0.1:8400", token: str | None = None, timeout_s: float = 10
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._timeout_s = timeout_s
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        # A proxy of the environment is for the world outside, rarely for a service on this machine or cluster.
+        self._http = httpx2.Client(base_url=self._base_url, headers=headers, timeout=timeout_s, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def submit(self, spec: JobSpec, idempotency_key: str | None = None) -> Job:
+        """Submit a job; asking again with the same key and spec returns the same job."""
+        headers = {"Content-Type": "application/json"}
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        answer = self._ask("POST", "/v1/jobs", content=spec.model_dump_json(), headers=headers)
+        return Job.model_validate_json(answer.content)
+
+    def job(self, job_id: str) -> Job:
+        """The job as it stands."""
+        return Job.model_validate_json(self._ask("GET", _path(job_id)).content)
+
+    def jobs(
+        self,
+        limit: int = 50,
+        cursor: str | None = None,
+        states: Collection[JobState] | None = None,
+        name: str | None = None,
+    ) -> JobPage:
+        """A page of jobs, newest first; ``cursor`` is a former page's ``next_cursor``."""
+        wanted = {"limit": limit, "cursor": cursor, "state": sorted(states) if states else None, "name": name}
+        return JobPage.model_validate_json(self._ask("GET", "/v1/jobs", params=wanted).content)
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel the job; cancelling again changes nothing."""
+        return Job.model_validate_json(self._ask("POST", f"{_path(job_id)}:cancel").content)
+
+    def report(self, job_id: str) -> JobReport:
+        """Whether the job converges, and whether its running statistics can be trusted."""
+        return JobReport.model_validate_json(self._ask("GET", f"{_path(job_id)}/report").content)
+
+    def metric_names(self, job_id: str) -> list[str]:
+        """The metrics that the job has points of."""
+        return [str(name) for name in self._items(f"{_path(job_id)}/metrics", {})]
+
+    def metric(
+        self,
+        job_id: str,
+        name: str,
+        *,
+        rank: int | None = None,
+        first_step: int | None = None,
+        last_step: int | None = None,
+        max_points: int = 500,
+    ) -> MetricSeries:
+        """One metric over steps, of one rank or as the mean over ranks."""
+        wanted = {"rank": rank, "first_step": first_step, "last_step": last_step, "max_points": max_points}
+        answer = self._ask("GET", f"{_path(job_id)}/metrics/{quote(name)}", params=wanted)
+        return MetricSeries.model_validate_json(answer.content)
+
+    def drift(self, job_id: str, layer: str | None = None) -> list[Drift]:
+        """Drift of the running statistics at each measured step, of all layers or one."""
+        return [Drift.model_validate(item) for item in self._items(f"{_path(job_id)}/drift", {"layer": layer})]
+
+    def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[JobEvent]:
+        """The job's events after number ``after``."""
+        found = self._items(f"{_path(job_id)}/events", {"after": after, "limit": limit})
+        return [JobEvent.model_validate(item) for item in found]
+
+    def logs(self, job_id: str, after: int = 0, limit: int = 500) -> list[LogRecord]:
+        """The job's log lines after number ``after``."""
+        found = self._items(f"{_path(job_id)}/logs", {"after": after, "limit": limit})
+        return [LogRecord.model_validate(item) for item in found]
+
+    def ready(self) -> dict[str, str]:
+        """Each part of the service with "ok" or what is wrong with it."""
+        answer = self._send("GET", "/readyz")
+        told = _json_object(answer)
+        if "parts" not in told:
+            raise _error_of(answer)
+        return {str(part): str(status) for part, status in told["parts"].items()}
+
+    def stream(self, job_id: str, after: int = 0, patience_s: float = 60) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Follow the job until it is over, through lost connections and restarts of the service.
+
+        Yields type and payload: each `JobEvent` after number ``after`` once and in order under its own type,
+        ``progress`` with a `Progress`, and last ``end`` with the `Job`.
+
+        Raises: ServiceUnreachable when the service has been away for ``patience_s``; at once if it never answered.
+        """
+        seen, answered, failures = after, False, 0
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                for message in self._messages(job_id, seen):
+                    answered, failures = True, 0
+                    deadline = time.monotonic() + patience_s
+                    payload = json.loads(message.data)
+                    if message.event == "event":
+                        seen = payload["seq"]
+                        yield payload["type"], payload
+                    else:
+                        yield message.event, payload
+                    if message.event == "end":
+                        return
+            except ServiceError as error:
+                if not (answered and error.retryable) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+            failures += 1
+
+    def _messages(self, job_id: str, seen: int) -> Iterator[httpx2.ServerSentEvent]:
+        """The messages of one connection; it may end before ``end`` comes."""
+        timeout = httpx2.Timeout(self._timeout_s, read=_SILENCE_S)
+        headers = {"Last-Event-ID": str(seen)}
+        try:
+            with self._http.stream("GET", f"{_path(job_id)}/stream", headers=headers, timeout=timeout) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise _error_of(answer)
+                yield from httpx2.EventSource(answer)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _items(self, path: str, params: Mapping[str, Any]) -> list[Any]:
+        return list(_json_object(self._ask("GET", path, params=params))["items"])
+
+    def _ask(self, method: str, path: str, **request: Any) -> httpx2.Response:
+        answer = self._send(method, path, **request)
+        if answer.is_error:
+            raise _error_of(answer)
+        return answer
+
+    def _send(self, method: str, path: str, **request: Any) -> httpx2.Response:
+        if "params" in request:
+            request["params"] = {name: value for name, value in request["params"].items() if value is not None}
+        try:
+            return self._http.request(method, path, **request)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: httpx2.TransportError) -> ServiceUnreachable:
+        if isinstance(error, httpx2.TimeoutException):
+            return ServiceUnreachable(f"{self._base_url} does not answer in time; is it overloaded?")
+        return ServiceUnreachable(
+            f"no service answers at {self._base_url} ({error}); start one with `syncbn serve`, or set SYNCBN_URL"
+        )
+
+
+def _path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _json_object(answer: httpx2.Response) -> dict[str, Any]:
+    try:
+        told = answer.json()
+    except ValueError:
+        told = None
+    return told if isinstance(told, dict) else {}
+
+
+def _error_of(answer: httpx2.Response) -> ServiceError:
+    """The error that the service raised, rebuilt from its problem; one of an unknown code keeps what it says."""
+    told = _json_object(answer)
+    detail = str(told.get("detail", f"{answer.url} answered {answer.status_code}, which is no answer of this service"))
+    code = told.get("code", "unknown_answer")
+    if code == InvalidRequest.code:
+        return InvalidRequest([FieldProblem(**problem) for problem in told.get("errors", ())])
+    for kind in ServiceError.__subclasses__():
+        if kind.code == code:
+            return kind(detail)
+    error = ServiceError(detail)
+    error.status, error.code = answer.status_code, str(code)
+    error.title = str(told.get("title", answer.reason_phrase))
+    error.retryable = bool(told.get("retryable", answer.status_code >= 500))
+    return error
