@@ -123,12 +123,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def _newest_first(folder: Path) -> list[Path]:
     # Manifests count too: one whose other half has vanished should be told, not passed over.
-    paths = {path.with_suffix(".pt") for kind in ("pt", "json") for path in folder.glob(f"step-[0-9]*.{kind}")}
-    return sorted(paths, key=_step_of, reverse=True)
+    paths = {path.with_suffix(".pt") for kind in ("pt", "json") for path in folder.glob(f"step-*.{kind}")}
+    return sorted((path for path in paths if path.stem[5:].isdigit()), key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
+    return int(path.stem[5:])  # "step-" and digits
 
 
 def _manifest_path(path: Path) -> Path:

@@ -157,13 +157,12 @@ def _replicated(model: nn.Module, normalization: Normalization, context: RankCon
     """The model as the step calls it. One rank alone needs no gradients from others."""
     if context.world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[context.device] if context.device.type == "cuda" else None,
-        # Synchronized buffers are equal by themselves; local ones follow rank 0's, as DDP does unless told not to.
-        broadcast_buffers=normalization is Normalization.LOCAL,
-        gradient_as_bucket_view=True,
-    )
+    device_ids = [context.device] if context.device.type == "cuda" else None
+    replica = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Synchronized buffers are equal by themselves; local ones follow rank 0's, as DDP does unless told not to.
+    # The attribute, because the argument for it has one name before torch 2.13 and another since.
+    replica.broadcast_buffers = normalization is Normalization.LOCAL
+    return replica
 
 
 def _make_optimizer(spec: JobSpec, model: nn.Module) -> torch.optim.Optimizer:

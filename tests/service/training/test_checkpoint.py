@@ -249,9 +249,7 @@ def _expect_refusal_that_harms_nothing(folder: Path) -> None:
         (lambda spec: spec.model_copy(update={"bn_momentum": 0.2}), False),
     ],
 )
-def test_the_fingerprint_changes_with_what_changes_the_numbers(
-    change: Callable[[JobSpec], JobSpec], same: bool
-) -> None:
+def test_the_fingerprint_changes_with_the_numbers(change: Callable[[JobSpec], JobSpec], same: bool) -> None:
     spec = JobSpec(name="digits", epochs=1)
     assert (fingerprint(change(spec)) == fingerprint(spec)) is same
 
