@@ -96,7 +96,7 @@ def _decide_running(
         detail = f"it ran longer than its total_s of {total:g} s"
         return Decision(JobState.FAILED, Reason.TOTAL_DEADLINE, detail, stop=True)
     if observation is not None and observation.state.over:
-        said = f"the cluster says {observation.state}" + (f": {observation.message}" if observation.message else "")
+        said = f"the cluster says {observation.state}: {_last_line(observation.message)}".rstrip(": ")
         detail = f"the runner left without a last word; {said}"
         return _recover_or_fail(Reason.RUNNER_LOST, detail, recoveries, keep_output=True)
     silence = _silence_s(attempt, now, service_since)
@@ -105,6 +105,11 @@ def _decide_running(
         detail = f"its runner has been silent for {silence:.0f} s, longer than heartbeat_s allows"
         return _recover_or_fail(Reason.NO_HEARTBEAT, detail, recoveries, stop=True, keep_output=True)
     return WAIT
+
+
+def _last_line(text: str) -> str:
+    """The line of a traceback that names the error; all of it is kept in the job's log."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _silence_s(attempt: Attempt, now: datetime, service_since: datetime) -> float:

@@ -28,7 +28,7 @@ WRONG = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.TRAINING_ERROR, detai
 
 
 def job(state: JobState, **timeouts: float) -> Job:
-    spec = JobSpec(name="t", epochs=1, num_workers=2, timeouts=Timeouts(**timeouts))  # type: ignore[arg-type]
+    spec = JobSpec(name="t", epochs=1, num_workers=2, timeouts=Timeouts(**timeouts))
     born = NOW - timedelta(seconds=100)
     return Job(id="job_1", spec=spec, state=state, attempt=1, version=3, created_at=born, updated_at=born)
 
@@ -108,6 +108,15 @@ def test_what_follows(arguments: tuple[Any, ...], to: JobState | None, reason: R
 @pytest.mark.parametrize("state", [S.CANCELLING, S.RECOVERING])
 def test_processes_that_still_run_are_stopped_first(state: JobState) -> None:
     assert decision(state, L.RUNNING) == Decision(stop=True)
+
+
+def test_of_a_traceback_only_the_line_that_names_the_error_is_told() -> None:
+    attempt = Attempt(job_id="job_1", number=1, created_at=NOW, heartbeat_at=NOW)
+    traceback = "Traceback:\n  File x\nImportError: no module named y\n\n"
+    observation = Observation(LaunchState.FAILED, traceback)
+    made = decide(job(S.RUNNING), attempt, observation, {}, NOW, NOW)
+    assert made.detail == "the runner left without a last word; the cluster says failed: ImportError: no module named y"
+    assert made.keep_output
 
 
 def test_a_new_attempt_starts_only_when_nothing_of_the_last_is_left() -> None:

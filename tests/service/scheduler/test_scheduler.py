@@ -48,7 +48,7 @@ class Cluster(ScriptedLauncher):
     def report(self, attempt: str, *events: Telemetry, rank: int = 0) -> Control:
         first = self._sent.get((attempt, rank), 0)
         self._sent[attempt, rank] = first + len(events)
-        batch = RankBatch(rank=rank, first_seq=first, times=(0.0,) * len(events), events=events)  # type: ignore[arg-type]
+        batch = RankBatch(rank=rank, first_seq=first, times=(0.0,) * len(events), events=events)
         return self._store.ingest(attempt, self._tokens[attempt], IngestBatch(batches=(batch,))).control
 
     def start_ranks(self, attempt: str, count: int = 2, resumed_step: int = 0) -> None:
