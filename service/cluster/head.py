@@ -22,8 +22,8 @@ class LocalRayHead:
     """A Ray head of this machine, kept by a process of its own so that jobs outlive the service.
 
     ``state_dir`` (made if missing) holds all that is known of it: a later service with the same folder adopts the
-    head. It offers ``num_cpus`` logical CPUs, listens on loopback alone, and asks for a token. Its
-    keeper ends it, jobs included, once `touch` has not been called for ``orphan_grace_s``. Safe to share between threads.
+    head. It offers ``num_cpus`` logical CPUs, listens on loopback alone, and asks for a token. Its keeper ends
+    it, jobs included, once `touch` has not been called for ``orphan_grace_s``. Safe to share between threads.
     """
 
     def __init__(

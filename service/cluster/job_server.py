@@ -80,9 +80,11 @@ class RayJobServer:
 
     def log_tail(self, submission_id: str, max_lines: int = 200) -> str:
         """The last lines that a job's driver wrote, at most 64 KiB; "" if Ray has none."""
-        if self.status(submission_id) is None:
+        found = self._request("GET", f"/api/jobs/{submission_id}")
+        node = None if found.status_code == httpx2.codes.NOT_FOUND else self._json(found).get("driver_node_id")
+        if node is None:
             return ""
-        query = {"submission_id": submission_id, "lines": str(max_lines), "filter_ansi_code": "true"}
+        query = {"submission_id": submission_id, "node_id": node, "lines": str(max_lines), "filter_ansi_code": "true"}
         answer = self._request("GET", "/api/v0/logs/file", params=query)
         if answer.status_code != httpx2.codes.OK:
             return ""  # the job never came to write a line
