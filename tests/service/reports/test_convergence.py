@@ -30,10 +30,10 @@ def _share(losses: list[NDArray[np.float64]]) -> dict[ConvergenceVerdict, float]
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("n", [200, 1000])
 def test_flat_noise_is_rarely_called_a_trend(n: int, correlation: float) -> None:
-    """1,000 series gave at most 3.3 % each way; 400 series of such a rate pass 6.5 % less than once in 1,000 tries."""
+    """1,000 series gave at most 3.9 % each way; 400 series of such a rate pass 7 % about once in 400 tries."""
     share = _share([1 + 0.2 * _noise(seed, n, correlation) for seed in range(400)])
-    assert share[ConvergenceVerdict.IMPROVING] < 0.065
-    assert share[ConvergenceVerdict.WORSENING] < 0.065
+    assert share[ConvergenceVerdict.IMPROVING] < 0.07
+    assert share[ConvergenceVerdict.WORSENING] < 0.07
     assert share[ConvergenceVerdict.DIVERGED] == 0
 
 
