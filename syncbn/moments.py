@@ -44,11 +44,8 @@ class BatchMoments:
     @classmethod
     def unpack(cls, vector: Tensor) -> BatchMoments:
         """Inverse of `pack`, also for a sum of packed vectors."""
-        num_channels = vector.numel() // 2
         count = vector[-1]
-        divisor = count.clamp(min=1)
-        mean = vector[:num_channels] / divisor
-        mean_square = vector[num_channels:-1] / divisor
+        mean, mean_square = (vector[:-1] / count.clamp(min=1)).chunk(2)
         return cls(count, mean, torch.addcmul(mean_square, mean, mean, value=-1).clamp_(min=0))
 
     def merge(self, other: BatchMoments) -> BatchMoments:

@@ -1,8 +1,8 @@
 """Real ranks for tests: processes joined by gloo, forked from one server that has torch imported already.
 
-Importing torch costs a second or two, so the processes come from multiprocessing's fork server: it imports torch
-once per test session, and each rank is then a fork of it, fresh and ready in about 0.1 s. Nothing is carried from
-one call to the next, and the server ends with the test process.
+Importing torch costs a second or two, so the processes come from multiprocessing's fork server: it imports torch,
+with what torch imports late, once per test session, and each rank is then a fork of it, fresh and ready in about
+0.1 s. Nothing is carried from one call to the next, and the server ends with the test process.
 """
 
 import os
@@ -25,6 +25,17 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 T = TypeVar("T")
 
+_PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch._dynamo",  # imported by the first step of an optimizer
+    "torch.fx.experimental.symbolic_shapes",  # imported by the first backward
+    "numpy",
+    "pytest",
+    "syncbn",
+)
+
 
 class RankFailed(Exception):
     """A rank raised, died or did not answer; ``rank`` says which was first, the text holds its traceback."""
@@ -45,14 +56,14 @@ def run_ranks(world_size: int, fn: Callable[..., T], *args: Any, timeout_s: floa
     Raises:
         RankFailed: naming the rank that first raised, died or was still running after ``timeout_s``.
     """
-    deadline = time.monotonic() + timeout_s
     task = pickle.dumps((fn, args))  # by value: torch's own way of sending tensors needs both ends alive
     store = TCPStore("127.0.0.1", 0, world_size=None, is_master=True, wait_for_workers=False)
     ranks: list[_Rank] = []
     try:
         for rank in range(world_size):
             ranks.append(_start(_Place(rank, world_size, store.port, timeout_s), task))
-        return _collect(ranks, deadline)
+        # From here, because the first start waits for the fork server's own imports.
+        return _collect(ranks, deadline=time.monotonic() + timeout_s)
     finally:
         _end(ranks)
 
@@ -84,7 +95,7 @@ class _Outcome:
 
 def _start(place: _Place, task: bytes) -> _Rank:
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "syncbn"])
+    context.set_forkserver_preload(list(_PRELOAD))
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_rank_main, args=(place, sender, task), name=f"rank-{place.rank}", daemon=True)
     process.start()
