@@ -75,8 +75,10 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, count = ctx.saved_tensors
+        if grad_output is None:  # no gradient came here: zeros, because the other ranks wait for our sums
+            grad_output = torch.zeros_like(input)
         sum_dy, sum_dy_xhat = kernels.backward_sums(grad_output, input, mean, var, ctx.eps)
 
         grad_input = None

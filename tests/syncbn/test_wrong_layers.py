@@ -1,0 +1,146 @@
+"""Layers that are wrong in ways that have shipped elsewhere; the yardstick must reject each of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.syncbn.joined import Case, check_equals_joined
+
+UNEVEN = Case((6, 2))
+
+
+class _Summed(torch.autograd.Function):
+    """A sum over ranks whose gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def summed(values: Tensor) -> Tensor:
+    total: Tensor = _Summed.apply(values)  # type: ignore[no-untyped-call]
+    return total
+
+
+class Composed(nn.BatchNorm2d):
+    """The right layer, composed of plain operators; the wrong ones differ from it in one method each."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        count, mean, var = self.moments(input)
+        self.track(input, count, mean.detach(), var.detach())
+        shape = (1, -1, 1, 1)
+        x_hat = (input - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        return x_hat * self.weight.view(shape) + self.bias.view(shape)
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = summed(torch.tensor(input.numel() / input.size(1), dtype=input.dtype))
+        mean = summed(input.sum((0, 2, 3))) / count
+        return count, mean, summed((input - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))) / count
+
+    def track(self, input: Tensor, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, 0.1)
+        self.running_var.lerp_(var * self.correction(input, count), 0.1)
+
+    def correction(self, input: Tensor, count: Tensor) -> Tensor:
+        return count / (count - 1)
+
+
+class EqualWeights(Composed):
+    """Averages the ranks' means and variances as if their batches were equal."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = summed(torch.tensor(input.numel() / input.size(1), dtype=input.dtype))
+        mean = summed(input.mean((0, 2, 3))) / dist.get_world_size()
+        square = summed(input.square().mean((0, 2, 3))) / dist.get_world_size()
+        return count, mean, square - mean.square()
+
+
+class LocalBessel(Composed):
+    """Corrects the running variance by the rank's own count."""
+
+    def correction(self, input: Tensor, count: Tensor) -> Tensor:
+        own = torch.tensor(input.numel() / input.size(1), dtype=input.dtype)
+        return own / (own - 1)
+
+
+class Biased(Composed):
+    """Tracks the biased variance."""
+
+    def correction(self, input: Tensor, count: Tensor) -> Tensor:
+        return torch.ones_like(count)
+
+
+class NoBackward(Composed):
+    """Lets no gradient through the statistics of other ranks."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count, mean, var = super().moments(input)
+        return count, mean.detach(), var.detach()
+
+
+class NotSynchronized(Composed):
+    """Normalizes by the rank's own batch."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        var, mean = torch.var_mean(input, (0, 2, 3), correction=0)
+        return torch.tensor(input.numel() / input.size(1), dtype=input.dtype), mean, var
+
+
+class UnitEps(Composed):
+    """Adds eps to the deviation, not to the variance."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count, mean, var = super().moments(input)
+        return count, mean, (var.sqrt() + self.eps).square() - self.eps
+
+
+def _make(kind: type[Composed], case: Case) -> nn.Module:
+    return kind(case.shape[0], dtype=case.dtype)
+
+
+class Factory:
+    """Makes layers of one class; a function of a module would need one name for each."""
+
+    def __init__(self, kind: type[Composed]) -> None:
+        self.kind = kind
+
+    def __call__(self, case: Case) -> nn.Module:
+        return _make(self.kind, case)
+
+
+def test_the_composed_layer_passes() -> None:
+    check_equals_joined(UNEVEN, Factory(Composed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "symptom"),
+    [
+        (EqualWeights, "output is off"),
+        (LocalBessel, "running_var differs between ranks"),
+        (Biased, "running_var is off"),
+        (NoBackward, "input gradient is off"),
+        (NotSynchronized, "output is off"),
+        (UnitEps, "output is off"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_wrong_layer_is_rejected_by_what_it_gets_wrong(kind: type[Composed], symptom: str) -> None:
+    check: Callable[..., None] = check_equals_joined
+    with pytest.raises(AssertionError, match=symptom):
+        check(UNEVEN, Factory(kind))
