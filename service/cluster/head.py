@@ -29,6 +29,8 @@ class LocalRayHead:
     def __init__(
         self, state_dir: Path, num_cpus: int, *, orphan_grace_s: float = 900.0, start_timeout_s: float = 60.0
     ) -> None:
+        if num_cpus < 1:
+            raise ValueError(f"num_cpus is {num_cpus}; a head needs at least 1")
         self.state_dir = state_dir.absolute()
         self.num_cpus = num_cpus
         self.orphan_grace_s = orphan_grace_s
@@ -71,6 +73,9 @@ class LocalRayHead:
             pid = record.keeper_pid if record and record.alive else self._keeper_pid
             if pid is not None:
                 _terminate(pid, timeout_s)
+            if (rest := read_record(self.state_dir / RECORD)) and not rest.alive:  # the keeper was killed before
+                rest.sweep()
+                (self.state_dir / RECORD).unlink()
             self._keeper_pid = None
             if self._server is not None:
                 self._server.close()

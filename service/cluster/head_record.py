@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,6 +56,13 @@ class HeadRecord:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+    def sweep(self) -> None:
+        """End what is left of the head after its keeper was killed, and remove its folder."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
 
     def write(self, path: Path) -> None:
         """Put the record at ``path`` in one step, readable by its owner alone: it holds the token."""

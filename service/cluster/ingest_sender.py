@@ -22,7 +22,6 @@ _MAX_BYTES = 1_000_000
 _FIRST_BACKOFF_S = 0.25
 _LAST_BACKOFF_S = 5.0
 _REFUSALS = frozenset({400, 401, 403, 404, 405, 409, 410, 413, 415, 422})
-_REFUSAL_GRACE_S = 30.0
 
 
 class IngestSender:
@@ -32,9 +31,12 @@ class IngestSender:
     tries again at growing intervals of up to 5 s; what does not fit in memory waits in ``spool_dir``.
     """
 
-    def __init__(self, ingest_url: str, attempt_id: str, token: str, spool_dir: Path) -> None:
+    def __init__(
+        self, ingest_url: str, attempt_id: str, token: str, spool_dir: Path, *, refusal_grace_s: float = 30.0
+    ) -> None:
         self._url = f"{ingest_url.rstrip('/')}/v1/attempts/{attempt_id}/telemetry"
         self._spool_dir = spool_dir
+        self._refusal_grace_s = refusal_grace_s
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
             timeout=httpx2.Timeout(10.0, connect=3.0),
@@ -44,6 +46,7 @@ class IngestSender:
         self._outboxes: dict[int, Outbox] = {}
         self._closing = threading.Event()
         self._last_word: AttemptEnded | None = None
+        self._delivered: bool | None = None
         self._deadline = float("inf")
         self._control = Control.CONTINUE
         self._refused_since: float | None = None
@@ -51,7 +54,7 @@ class IngestSender:
 
     @property
     def control(self) -> Control:
-        """What the service wanted of the attempt in its last answer; ABORT, too, once it has refused us for 30 s."""
+        """What the service wanted in its last answer; ABORT, too, once it has refused us for ``refusal_grace_s``."""
         return self._control
 
     def start(self) -> None:
@@ -75,8 +78,11 @@ class IngestSender:
     def close(self, last_word: AttemptEnded, timeout_s: float) -> bool:
         """Deliver the rest and then, when all else is taken, ``last_word``; whether that came to pass in ``timeout_s``.
 
-        What did not is left in ``spool_dir / "undelivered.jsonl"``: each line is the body of one post.
+        What did not is left in ``spool_dir / "undelivered.jsonl"``: each line is the body of one post. Only the
+        first call does anything; later ones give its answer.
         """
+        if self._delivered is not None:
+            return self._delivered
         self._last_word = last_word
         self.hurry(timeout_s)
         self._closing.set()
@@ -84,13 +90,13 @@ class IngestSender:
             self._thread.join(0.2)  # in slices, so that a signal's handler may call `hurry` meanwhile
         self._put_last_word()
         with self._lock:
-            delivered = not self._num_pending()
-            if not delivered:
+            self._delivered = not self._num_pending()
+            if not self._delivered:
                 self._leave_on_disk()
             for outbox in self._outboxes.values():
                 outbox.close()
         self._client.close()
-        return delivered
+        return self._delivered
 
     def hurry(self, timeout_s: float) -> None:
         """Let `close`, now or later, give up at most ``timeout_s`` from now. A signal's handler may call this."""
@@ -182,7 +188,7 @@ class IngestSender:
             return
         now = time.monotonic()
         self._refused_since = self._refused_since or now
-        if now - self._refused_since >= _REFUSAL_GRACE_S:
+        if now - self._refused_since >= self._refusal_grace_s:
             self._control = Control.ABORT
 
     def _leave_on_disk(self) -> None:

@@ -52,11 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with _only_keeper(options.state_dir) as first:
         if not first:
-            return 0  # another keeper is at work; its record is the answer
+            print(f"another keeper holds {options.state_dir / LOCK}", flush=True)  # noqa: T201  # the log is read by people
+            return 0  # its record is the answer
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, _leave)
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        _sweep(options.state_dir / RECORD)
+        if stale := read_record(options.state_dir / RECORD):  # of a keeper that was killed
+            stale.sweep()
+            (options.state_dir / RECORD).unlink()
         return _keep(options.state_dir, options.num_cpus, options.orphan_grace_s)
 
 
@@ -180,20 +183,6 @@ def _end_descendants() -> None:
                 continue
         _reap(0)
         time.sleep(0.02)
-
-
-def _sweep(record_path: Path) -> None:
-    """End what an earlier keeper left if it was killed before it could tidy up."""
-    stale = read_record(record_path)
-    if stale is None:
-        return
-    for process in stale.processes():
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    shutil.rmtree(stale.temp_dir, ignore_errors=True)
-    record_path.unlink()
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Which failure of which rank counts: a table."""
+
+import pytest
+
+from service.cluster.failures import Cause, RankFailure, cause_of, judge, no_heartbeat
+from service.jobs import Outcome, Reason
+
+RUNTIME = ["RuntimeError", "Exception"]
+
+
+def failure(rank: int, cause: Cause, error: str = "words", exception: str = "") -> RankFailure:
+    return RankFailure(rank, f"rank {rank} on node{rank}, pid 4{rank}", cause, error, exception)
+
+
+@pytest.mark.parametrize(
+    ("types", "text", "cause"),
+    [
+        (RUNTIME, "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711", Cause.DISCONNECTED),
+        (RUNTIME, "RuntimeError: [...] Read error [127.0.0.1]:4711: Connection reset by peer", Cause.DISCONNECTED),
+        (RUNTIME, "RuntimeError: Application timeout caused pair closure", Cause.DISCONNECTED),
+        (["DistBackendError", *RUNTIME], "ncclRemoteError: A call failed", Cause.DISCONNECTED),
+        (RUNTIME, "RuntimeError: Timed out waiting 5000ms for recv operation to complete", Cause.TIMED_OUT),
+        (["DistStoreError", *RUNTIME], "Timed out after 11 seconds waiting for clients. 1/2", Cause.TIMED_OUT),
+        (["DistBackendError", *RUNTIME], "Watchdog caught collective operation timeout", Cause.TIMED_OUT),
+        (["ValueError", "Exception"], "ValueError: Connection closed by peer is not a number", Cause.RAISED),
+        (RUNTIME, "RuntimeError: mat1 and mat2 shapes cannot be multiplied", Cause.RAISED),
+        (["OutOfMemoryError", *RUNTIME], "CUDA out of memory", Cause.RAISED),
+        (["OSError", "Exception"], "OSError: [Errno 32] Broken pipe", Cause.RAISED),
+    ],
+)  # fmt: skip
+def test_the_words_of_an_exception_tell_what_ended_the_rank(types: list[str], text: str, cause: Cause) -> None:
+    assert cause_of(types, text) is cause
+
+
+@pytest.mark.parametrize(
+    ("failures", "reason", "named"),
+    [
+        ([failure(1, Cause.LOST)], Reason.WORKER_LOST, "rank 1 on node1, pid 41"),
+        ([failure(0, Cause.DISCONNECTED), failure(1, Cause.LOST)], Reason.WORKER_LOST, "rank 1"),
+        ([failure(0, Cause.TIMED_OUT), failure(1, Cause.RAISED)], Reason.TRAINING_ERROR, "rank 1"),
+        ([failure(2, Cause.RAISED), failure(1, Cause.LOST)], Reason.TRAINING_ERROR, "rank 2"),
+        ([failure(0, Cause.DISCONNECTED), failure(1, Cause.TIMED_OUT)], Reason.COLLECTIVE_TIMEOUT, "rank 1"),
+        ([failure(0, Cause.DISCONNECTED)], Reason.WORKER_LOST, "rank 0"),
+        ([failure(0, Cause.RAISED, exception="UnusableCheckpoint")], Reason.CHECKPOINT_UNUSABLE, "rank 0"),
+    ],
+)
+def test_the_first_root_cause_counts(failures: list[RankFailure], reason: Reason, named: str) -> None:
+    ended = judge(failures)
+    assert (ended.outcome, ended.reason) == (Outcome.FAILED, reason)
+    assert ended.detail.startswith(named)
+
+
+def test_a_collective_timeout_blames_the_silent_rank() -> None:
+    ended = judge([failure(0, Cause.TIMED_OUT, "Timed out waiting")], silent=["rank 1 on node1, pid 41"])
+    assert ended.reason is Reason.COLLECTIVE_TIMEOUT
+    assert "rank 1 on node1, pid 41 had stopped answering" in ended.detail
+
+
+def test_a_missing_heartbeat_names_the_rank_and_the_knob() -> None:
+    ended = no_heartbeat(["rank 3 on node3, pid 43"], 61.2)
+    assert ended.reason is Reason.NO_HEARTBEAT
+    assert "rank 3 on node3, pid 43" in ended.detail
+    assert "timeouts.heartbeat_s" in ended.detail
