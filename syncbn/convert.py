@@ -9,6 +9,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from syncbn.batchnorm import SyncBatchNorm
 
 _ORIGINAL_CLASS = "_original_class"
+_CONVERTIBLE_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+_CLASS_BY_INPUT_DIMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
@@ -34,8 +36,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroup | None
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Give every layer that `convert_sync_batchnorm` changed its own class again; returns ``module``.
 
-    In place and lossless as the conversion. A SyncBatchNorm that was built as such becomes torch's BatchNorm for the
-    inputs it last saw: BatchNorm1d for 2-d and 3-d, BatchNorm3d for 5-d, else BatchNorm2d, also if it saw none.
+    In place and lossless as the conversion; only torch's own SyncBatchNorm keeps a group that it was given meanwhile.
+    A SyncBatchNorm that was built as such becomes torch's BatchNorm for the inputs it last saw: BatchNorm1d for 2-d
+    and 3-d, BatchNorm3d for 5-d, else BatchNorm2d, also if it saw none.
     """
     for layer in module.modules():
         if type(layer) is SyncBatchNorm:
@@ -45,22 +48,17 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 def _check_convertible(path: str, layer: _BatchNorm) -> None:
     kind = type(layer)
-    if isinstance(layer, (SyncBatchNorm, nn.SyncBatchNorm)) and kind.forward in _SYNCHRONIZED_FORWARDS:
-        return
     if isinstance(layer, LazyModuleMixin):
         raise ValueError(f"{path} is a {kind.__name__} that has no size yet; run a batch through the model first")
     if is_parametrized(layer):
         raise ValueError(
             f"{path} has parametrized tensors; remove the parametrizations, convert, and register them again"
         )
-    if kind.forward is not _BatchNorm.forward:
+    if kind.forward not in _CONVERTIBLE_FORWARDS:
         raise ValueError(
             f"{path} is a {kind.__name__} with a forward of its own, which a conversion would drop; "
             f"replace it by torch.nn.BatchNorm and what it adds by a module behind it"
         )
-
-
-_SYNCHRONIZED_FORWARDS = (SyncBatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def _convert(layer: _BatchNorm, process_group: ProcessGroup | None) -> None:
@@ -73,10 +71,10 @@ def _convert(layer: _BatchNorm, process_group: ProcessGroup | None) -> None:
 
 
 def _revert(layer: SyncBatchNorm) -> None:
-    original = layer.__dict__.pop(_ORIGINAL_CLASS, None)
+    original: type[_BatchNorm] | None = layer.__dict__.pop(_ORIGINAL_CLASS, None)
     num_dims = layer.__dict__.pop("_num_input_dims", None)
     if original is None:
-        original = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 5: nn.BatchNorm3d}.get(num_dims, nn.BatchNorm2d)
+        original = _CLASS_BY_INPUT_DIMS.get(num_dims, nn.BatchNorm2d)
     if not issubclass(original, nn.SyncBatchNorm):
         del layer.__dict__["process_group"]
-    layer.__class__ = original
+    layer.__class__ = original  # type: ignore[assignment]  # the narrowing ends here

@@ -1,0 +1,150 @@
+"""Conversion to SyncBatchNorm and back: nothing is lost, and what would be lost is refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from tests.ranks import run_ranks
+
+
+class Labelled(nn.BatchNorm2d):
+    """A subclass that adds what is no forward."""
+
+    label = "stem"
+
+
+class Activated(nn.BatchNorm2d):
+    """A subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+def _model() -> nn.Sequential:
+    shared = nn.BatchNorm2d(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 1),
+        shared,
+        nn.Sequential(nn.BatchNorm3d(4, eps=1e-2, momentum=None), nn.BatchNorm1d(5, affine=False)),
+        shared,
+        nn.SyncBatchNorm(6),
+        Labelled(7),
+        nn.GroupNorm(1, 3),
+    )
+
+
+def test_every_batchnorm_is_converted_and_comes_back_as_it_was() -> None:
+    model = _model()
+    modules = list(model.modules())
+    classes = [type(module) for module in modules]
+    attributes = [dict(vars(module)) for module in modules]
+    assert convert_sync_batchnorm(model) is model
+    synced = [module for module in model.modules() if isinstance(module, SyncBatchNorm)]
+    assert len(synced) == 5
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    assert revert_sync_batchnorm(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    for module, before in zip(modules, attributes, strict=True):
+        assert vars(module).keys() == before.keys()
+        assert all(vars(module)[name] is value for name, value in before.items())
+
+
+def test_conversion_keeps_parameters_hooks_flags_and_attributes() -> None:
+    layer = nn.BatchNorm2d(3).eval()
+    layer.weight.requires_grad_(False)
+    vars(layer)["origin"] = "stem"
+    calls: list[str] = []
+    layer.register_forward_hook(lambda *_: calls.append("called"))
+    tensors = [*layer.parameters(), *layer.buffers()]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    converted = convert_sync_batchnorm(nn.Sequential(layer))[0]  # type: ignore[index]
+    assert isinstance(converted, SyncBatchNorm)
+    assert all(a is b for a, b in zip([*converted.parameters(), *converted.buffers()], tensors, strict=True))
+    assert not converted.training
+    assert not converted.weight.requires_grad
+    assert vars(converted)["origin"] == "stem"
+    assert optimizer.param_groups[0]["params"][1] is converted.bias
+    converted(torch.randn(2, 3, 4, 4))
+    assert calls == ["called"]
+
+
+def test_a_shared_layer_stays_one_layer() -> None:
+    model = _model()
+    convert_sync_batchnorm(model)
+    assert model[1] is model[3]
+
+
+def test_a_layer_that_is_the_whole_model_is_converted() -> None:
+    layer = nn.BatchNorm1d(3)
+    assert convert_sync_batchnorm(layer) is layer
+    assert isinstance(layer, SyncBatchNorm)
+
+
+def test_converting_again_changes_nothing() -> None:
+    model = convert_sync_batchnorm(_model())
+    before = [dict(vars(module)) for module in model.modules()]
+    convert_sync_batchnorm(model)
+    assert [dict(vars(module)) for module in model.modules()] == before
+    revert_sync_batchnorm(revert_sync_batchnorm(model))
+    assert isinstance(model.get_submodule("2.0"), nn.BatchNorm3d)
+
+
+def test_a_copy_of_a_converted_model_reverts_too() -> None:
+    copied = revert_sync_batchnorm(copy.deepcopy(convert_sync_batchnorm(_model())))
+    assert type(copied.get_submodule("5")) is Labelled
+
+
+def test_a_subclass_with_its_own_forward_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(Activated(3)))
+    with pytest.raises(ValueError, match=r"1\.0 is a Activated with a forward of its own"):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_lazy_and_a_parametrized_layer_are_refused_by_path() -> None:
+    with pytest.raises(ValueError, match="0 is a LazyBatchNorm2d that has no size yet"):
+        convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
+    with pytest.raises(ValueError, match="the module itself has parametrized tensors"):
+        convert_sync_batchnorm(weight_norm(nn.BatchNorm1d(3)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((2, 3), nn.BatchNorm1d),
+        ((2, 3, 4), nn.BatchNorm1d),
+        ((2, 3, 4, 4), nn.BatchNorm2d),
+        ((2, 3, 4, 4, 4), nn.BatchNorm3d),
+    ],
+)
+def test_a_layer_built_synchronized_reverts_to_what_fits_its_inputs(shape: tuple[int, ...], kind: type) -> None:
+    layer = SyncBatchNorm(3)
+    x = torch.randn(shape)
+    layer.eval()
+    expected = layer(x)
+    revert_sync_batchnorm(layer)
+    assert type(layer) is kind
+    assert torch.equal(layer(x), expected)
+    assert vars(layer).keys() == vars(kind(3)).keys()
+
+
+def test_a_layer_built_synchronized_that_saw_nothing_reverts_to_two_dimensions() -> None:
+    assert type(revert_sync_batchnorm(SyncBatchNorm(3))) is nn.BatchNorm2d
+
+
+def test_every_nested_layer_gets_the_group() -> None:
+    assert run_ranks(2, _convert_with_group) == [True, True]
+
+
+def _convert_with_group() -> bool:
+    group = dist.new_group([0, 1])
+    model = convert_sync_batchnorm(_model(), group)
+    groups = [module.process_group for module in model.modules() if isinstance(module, SyncBatchNorm)]
+    convert_sync_batchnorm(model)
+    return len(groups) == 5 and all(one is group for one in groups)
