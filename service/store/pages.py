@@ -5,7 +5,7 @@ import binascii
 from collections.abc import Collection
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, select, tuple_
+from sqlalchemy import Connection, and_, or_, select
 
 from service.errors import FieldProblem, InvalidRequest
 from service.jobs import Job, JobPage, JobState
@@ -31,7 +31,9 @@ def job_page(
     if name is not None:
         query = query.where(jobs.c.name == name)
     if cursor is not None:
-        query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*_parse(cursor)))
+        created_at, job_id = _parse(cursor)
+        same_time = and_(jobs.c.created_at == created_at, jobs.c.id < job_id)
+        query = query.where(or_(jobs.c.created_at < created_at, same_time))
     found = [job_of_row(row, now) for row in connection.execute(query)]
     more = len(found) > limit
     return JobPage(items=tuple(found[:limit]), next_cursor=_cursor(found[limit - 1]) if more else None)
