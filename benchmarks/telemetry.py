@@ -101,7 +101,7 @@ def _torchrun_step_s() -> float:
         command += ["-m", "service.training", str(spec), "--storage", folder]
         output = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=True).stdout
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    steps = [event["step_s"] for event in events if event["type"] == "step"]
+    steps = [float(event["step_s"]) for event in events if event["type"] == "step"]
     assert len(steps) == NUM_STEPS
     return statistics.median(steps[_SKIPPED_STEPS:])
 

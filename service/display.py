@@ -1,6 +1,6 @@
 """What the command line shows to people: tables, panels and the live progress bar."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -23,22 +23,6 @@ _COLOUR = {
     DriftColour.RED: "red",
     DriftColour.UNDECIDED: "dim",
 }
-
-
-_COMPARED: dict[str, Callable[[JobReport], str]] = {
-    "normalization": lambda r: str(r.normalization),
-    "accuracy, stored statistics": lambda r: _percent(r.last_evaluation and r.last_evaluation.stored.accuracy),
-    "accuracy, population statistics": lambda r: _percent(r.last_evaluation and r.last_evaluation.population.accuracy),
-    "loss, stored statistics": lambda r: _number(r.last_evaluation and r.last_evaluation.stored.loss),
-    "loss, population statistics": lambda r: _number(r.last_evaluation and r.last_evaluation.population.loss),
-    "worst layer's drift (sigma)": lambda r: _number(r.drift.worst_layer and r.drift.worst_layer.rms_mean_shift),
-    "rank disagreement (sigma)": lambda r: _number(r.drift.max_rank_disagreement),
-    "steps": lambda r: str(r.num_steps),
-    "seconds of training": lambda r: _number(r.training_s),
-    "training loss is": lambda r: str(r.convergence.verdict),
-    "running statistics are": lambda r: f"[{_COLOUR[r.drift.colour]}]{r.drift.colour}[/]",
-}
-"""The rows of `comparison_table`; accuracy and loss are those of the last validation."""
 
 
 def print_error(console: Console, error: ServiceError) -> None:
@@ -114,8 +98,9 @@ def report_panel(report: JobReport) -> RenderableType:
 def comparison_table(reports: Sequence[JobReport], titles: Sequence[str]) -> Table:
     """Several reports side by side, one column each."""
     table = Table("", *titles, title="the same network, data and seed", title_justify="left")
-    for name, cell in _COMPARED.items():
-        table.add_row(name, *(cell(report) for report in reports))
+    columns = [_compared(report) for report in reports]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
     return table
 
 
@@ -150,6 +135,22 @@ def watch(console: Console, client: Client, job_id: str) -> None:
                 bar.console.print(line, highlight=False)
 
 
+def _compared(report: JobReport) -> dict[str, str]:
+    last, worst = report.last_evaluation, report.drift.worst_layer
+    return {
+        "accuracy, stored statistics": _percent(last.stored.accuracy if last else None),
+        "accuracy, population statistics": _percent(last.population.accuracy if last else None),
+        "loss, stored statistics": _number(last.stored.loss if last else None),
+        "loss, population statistics": _number(last.population.loss if last else None),
+        "worst layer's drift (sigma)": _number(worst.rms_mean_shift if worst else None),
+        "rank disagreement (sigma)": _number(report.drift.max_rank_disagreement),
+        "steps": str(report.num_steps),
+        "seconds of training": _number(report.training_s),
+        "the training loss is": str(report.convergence.verdict),
+        "the running statistics are": f"[{_COLOUR[report.drift.colour]}]{report.drift.colour}[/]",
+    }
+
+
 def _show_progress(bar: Progress, task: TaskID, progress: JobProgress) -> None:
     bar.update(task, completed=progress.step, total=progress.total_steps, text=_progress_line(progress))
 
@@ -169,7 +170,8 @@ def _event_line(kind: str, payload: Mapping[str, Any]) -> str | None:
     body = payload.get("body", {})
     if kind == "state_changed":
         why = f" ({body['reason']}: {escape(str(body.get('detail', '')))})" if body.get("reason") else ""
-        return f"  [dim]{body.get('from')} ->[/] [bold]{body.get('to')}[/]{why}"
+        before = f"{body['from']} -> " if body.get("from") else ""
+        return f"  [dim]{before}[/][bold]{body.get('to')}[/]{why}"
     if kind == "rank_started" and body.get("resumed_step"):
         return f"  [dim]rank {payload.get('rank')} goes on from step {body['resumed_step']}[/]"
     return None

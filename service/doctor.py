@@ -137,9 +137,11 @@ def _cluster(settings: Settings) -> Finding:
         return Finding(check="cluster", ok=ok, found=found if ok else "no ray command", remedy=remedy)
     try:
         from service.cluster.job_server import RayJobServer
+        from service.cluster.launcher import RayLauncher
 
         token = settings.ray_token.get_secret_value() if settings.ray_token else None
-        nodes = RayJobServer(str(settings.ray_address), token).capacity().nodes
+        with RayJobServer(str(settings.ray_address), token) as server:
+            nodes = RayLauncher(lambda: server).capacity().nodes
     except (ImportError, ServiceError) as error:
         remedy = "check SYNCBN_RAY_ADDRESS (the job server, usually port 8265) and SYNCBN_RAY_TOKEN"
         return Finding(check="cluster", ok=False, found=str(error), remedy=remedy)

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/reports": {"service.jobs", "numpy", "scipy"},
     "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "numpy"},
     "service/scheduler": {"service.jobs", "service.errors", "service.store", "pydantic", "structlog"},
-    "service/training": {"syncbn", "service.jobs", "torch", "numpy", "sklearn"},
+    "service/training": {"syncbn", "service.jobs", "torch", "numpy", "sklearn", "pydantic"},
     "service/cluster": {
         "service.jobs",
         "service.errors",
@@ -107,6 +107,7 @@ def test_only_settings_reads_the_environment_for_choices() -> None:
         "service/settings.py",
         "service/demo.py",  # passes it on, less the service's own variables
         "service/cluster/runner.py",  # its command line is the environment that the launcher set
+        "service/cluster/head.py",  # passes it on to the keeper
         "service/cluster/keeper.py",  # passes it on to Ray
     }
     readers = {

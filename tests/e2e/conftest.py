@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from service.client import Client
+from service.cluster.head_record import read_record
 from service.errors import ServiceError
 from service.jobs import Job, JobSpec, Mlp
 
@@ -55,7 +56,9 @@ class RunningService:
             )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, (self.data_dir / "service.log").read_text()
+        if not line:
+            self._end(signal.SIGKILL)
+            raise AssertionError((self.data_dir / "service.log").read_text())
         self.url = json.loads(line)["url"]
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
@@ -83,23 +86,22 @@ class RunningService:
         self._process = None
 
     def head_processes(self) -> list[psutil.Process]:
-        """The local Ray head's keeper with all its descendants."""
-        record = self.data_dir / "ray" / "head.json"
-        if not record.exists():
-            return []
-        keeper = psutil.Process(json.loads(record.read_text())["pid"])
-        return [keeper, *keeper.children(recursive=True)]
+        """Everything that the local Ray head has started and that still runs."""
+        record = read_record(self.data_dir / "ray" / "head.json")
+        return record.processes() if record else []
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     running = RunningService(tmp_path_factory.mktemp("service"))
-    running.start()
-    running.wait_ready()
-    yield running
-    processes = running.head_processes()
-    assert processes
-    running.stop()
+    try:
+        running.start()
+        running.wait_ready()
+        yield running
+        processes = running.head_processes()
+        assert processes
+    finally:
+        running.stop()
     _gone, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive, "the service left processes of its Ray head behind"
 

@@ -39,7 +39,8 @@ def answered(result: subprocess.CompletedProcess[str]) -> Any:
 def test_a_job_is_submitted_watched_and_shown(service: RunningService, tmp_path: Path) -> None:
     spec = tmp_path / "job.toml"
     spec.write_text('name = "by hand"\nnum_workers = 2\nbatch_size_per_worker = 8\nmax_steps = 20\n')
-    job = answered(syncbn(service, "submit", str(spec), "--set", "model.hidden_sizes=[8]", "--json"))
+    small = ["--set", "model.hidden_sizes=[8]"]
+    job = answered(syncbn(service, "submit", str(spec), "--set", "model.name=mlp", *small, "--json"))
     assert job["spec"]["model"] == {"name": "mlp", "hidden_sizes": [8]}
     watched = syncbn(service, "watch", job["id"])
     assert watched.returncode == 0, watched.stderr

@@ -1,14 +1,13 @@
 """The service against a Ray head that it did not start."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from service.client import Client
 from service.cluster.head import LocalRayHead
+from service.cluster.head_record import read_record
 from service.jobs import Job, JobState, Phase, Reason
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 
@@ -43,8 +42,9 @@ def test_the_service_runs_jobs_on_a_cluster_it_did_not_start_and_leaves_it_alone
             assert client.report(job.id).num_steps == 20
     finally:
         service.stop()
-    record = json.loads((tmp_path / "someone else's" / "head.json").read_text())
-    assert psutil.pid_exists(record["pid"]), "stopping the service must not stop the cluster"
+    record = read_record(tmp_path / "someone else's" / "head.json")
+    assert record is not None
+    assert record.alive, "stopping the service must not stop the cluster"
 
 
 def test_a_wrong_token_keeps_the_job_queued_and_says_so(head: LocalRayHead, tmp_path: Path) -> None:
