@@ -107,8 +107,8 @@ def _check_count(input: Tensor, batch: BatchMoments) -> None:
     """
     if input.numel() < 2 * input.size(1) and batch.count.item() == 1:
         raise ValueError(
-            f"expected more than one value per channel over all ranks in training, got input of shape "
-            f"{tuple(input.shape)} here and nothing elsewhere; enlarge the batch or drop the last, smaller one"
+            f"expected more than one value per channel over all ranks in training, got one ({tuple(input.shape)} on "
+            f"this rank); enlarge the batch or drop the last, smaller one"
         )
 
 
