@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch.distributed.rendezvous import rendezvous
 
 from service.jobs import TELEMETRY_EVENT, JobSpec
@@ -24,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         spec = JobSpec.model_validate_json(options.spec.read_bytes())
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"{options.spec}: {error}\n")
         return 2
     context = _join(spec, options.storage.absolute())

@@ -102,6 +102,8 @@ def train(spec: JobSpec, context: RankContext) -> Iterator[TelemetryEvent]:
         syncbn_version=syncbn.__version__,
     )
     if context.leads:
+        origin = f"goes on after step {first_step - 1}" if found.checkpoint else "starts from the beginning"
+        yield LogLine(text=f"attempt {context.attempt} {origin}, {total_steps} steps in all")
         yield PhaseChanged(phase=Phase.TRAINING)
 
     for step in range(first_step, total_steps + 1):

@@ -170,9 +170,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path: Path)
     os.truncate(newest, 100)
     again = _train(spec, tmp_path)
     assert _of(RankStarted, again)[0].resumed_step == 10
-    warning = _of(LogLine, again)[0]
+    warning, attempt, *_ = _of(LogLine, again)
     assert warning.level == "warning"
     assert "step-00000014.pt: 100 bytes" in warning.text
+    assert attempt.text == "attempt 1 goes on after step 10, 14 steps in all"
     assert _losses(again) == {step: loss for step, loss in _losses(straight).items() if step > 10}
 
 
