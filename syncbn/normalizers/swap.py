@@ -56,6 +56,12 @@ def restore_batchnorm(model: nn.Module, *, only: tuple[type[nn.Module], ...] = (
     return put_in_place(model, originals)
 
 
+def forget_batchnorm(model: nn.Module) -> None:
+    """Make every replacement in ``model`` final: the BatchNorms kept for `restore_batchnorm` are let go."""
+    for module in model.modules():
+        module.__dict__.pop(_REPLACED, None)
+
+
 def put_in_place(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put each key's value wherever the key stands in ``model``; returns the model, or what replaces it as a whole."""
     for parent in list(model.modules()):
