@@ -1,18 +1,24 @@
 """What tests of several parts share: one real Ray head for the whole session."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from service.cluster.head import LocalRayHead
+from service.cluster.head_record import read_record
 
 
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRayHead]:
     """A local Ray head with 4 logical CPUs, started by the first test that asks and ended after the last."""
-    head = LocalRayHead(tmp_path_factory.mktemp("ray-head"), num_cpus=4)
+    head = LocalRayHead(tmp_path_factory.mktemp("ray-head"), num_cpus=4, start_timeout_s=110.0)
     try:
         head.ensure()
+        record = read_record(head.state_dir / "head.json")
         yield head
     finally:
         head.stop()
+    assert record is not None
+    assert record.processes() == []
+    assert not Path(record.temp_dir).exists()

@@ -23,11 +23,12 @@ class LocalRayHead:
 
     ``state_dir`` (made if missing) holds all that is known of it: a later service with the same folder adopts the
     head. It offers ``num_cpus`` logical CPUs, listens on loopback alone, and asks for a token. Its keeper ends
-    it, jobs included, once `touch` has not been called for ``orphan_grace_s``. Safe to share between threads.
+    it, jobs included, once `touch` has not been called for ``orphan_grace_s``. A head that is adopted keeps its own
+    CPUs and grace until it ends. Safe to share between threads.
     """
 
     def __init__(
-        self, state_dir: Path, num_cpus: int, *, orphan_grace_s: float = 900.0, start_timeout_s: float = 60.0
+        self, state_dir: Path, num_cpus: int, *, orphan_grace_s: float = 900.0, start_timeout_s: float = 30.0
     ) -> None:
         if num_cpus < 1:
             raise ValueError(f"num_cpus is {num_cpus}; a head needs at least 1")
@@ -36,13 +37,15 @@ class LocalRayHead:
         self.orphan_grace_s = orphan_grace_s
         self.start_timeout_s = start_timeout_s
         self._lock = threading.Lock()
+        self._stopping = threading.Event()
         self._keeper_pid: int | None = None
         self._server: RayJobServer | None = None
 
     def ensure(self) -> tuple[str, str]:
         """The head's address and token; starts a head if none runs, which takes some seconds.
 
-        Raises: ClusterUnreachable with the last words of Ray if it does not come up within ``start_timeout_s``.
+        Raises: ClusterUnreachable with the last words of Ray if it does not come up, or while it has not yet come up
+            after ``start_timeout_s``: it goes on starting, and a later call finds it.
         """
         server = self.connect()
         assert server.token is not None
@@ -68,18 +71,25 @@ class LocalRayHead:
 
         Raises: ClusterUnreachable if the keeper is still there after ``timeout_s``.
         """
-        with self._lock:
-            record = read_record(self.state_dir / RECORD)
-            pid = record.keeper_pid if record and record.alive else self._keeper_pid
-            if pid is not None:
-                _terminate(pid, timeout_s)
-            if (rest := read_record(self.state_dir / RECORD)) and not rest.alive:  # the keeper was killed before
-                rest.sweep()
-                (self.state_dir / RECORD).unlink()
-            self._keeper_pid = None
-            if self._server is not None:
-                self._server.close()
-                self._server = None
+        self._stopping.set()  # who waits for a start gives up, and with it the lock
+        try:
+            with self._lock:
+                self._end(timeout_s)
+        finally:
+            self._stopping.clear()
+
+    def _end(self, timeout_s: float) -> None:
+        record = read_record(self.state_dir / RECORD)
+        pid = record.keeper_pid if record and record.alive else self._keeper_pid
+        if pid is not None:
+            _terminate(pid, timeout_s)
+        if (rest := read_record(self.state_dir / RECORD)) and not rest.alive:  # the keeper was killed before
+            rest.sweep()
+            (self.state_dir / RECORD).unlink()
+        self._keeper_pid = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def _running(self) -> HeadRecord | None:
         record = read_record(self.state_dir / RECORD)
@@ -95,7 +105,8 @@ class LocalRayHead:
             if _ended(self._keeper_pid) and not self._running():
                 self._keeper_pid = None
                 raise ClusterUnreachable(f"the local Ray head did not start: {self._last_words()}")
-            time.sleep(_TICK_S)
+            if self._stopping.wait(_TICK_S):
+                raise ClusterUnreachable("the local Ray head is being stopped")
         raise ClusterUnreachable(
             f"the local Ray head has not come up within {self.start_timeout_s:g} s and is still starting; "
             f"is this machine overloaded? See {self.state_dir / KEEPER_LOG}"

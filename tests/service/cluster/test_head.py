@@ -23,7 +23,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from service.cluster.head import LocalRayHead
-print(*LocalRayHead(Path(sys.argv[1]), 2, orphan_grace_s=float(sys.argv[2])).ensure(), flush=True)
+print(*LocalRayHead(Path(sys.argv[1]), 2, orphan_grace_s=float(sys.argv[2]), start_timeout_s=100).ensure(), flush=True)
 time.sleep(600)
 """
 
@@ -73,7 +73,7 @@ def test_a_head_outlives_its_service_is_adopted_and_ends_when_nobody_cares(tmp_p
 
 
 def test_a_killed_keeper_leaves_nothing_to_its_successor(tmp_path: Path) -> None:
-    head = LocalRayHead(tmp_path / "head", 2)
+    head = LocalRayHead(tmp_path / "head", 2, start_timeout_s=100)
     try:
         head.ensure()
         record = record_of(head)
@@ -87,6 +87,7 @@ def test_a_killed_keeper_leaves_nothing_to_its_successor(tmp_path: Path) -> None
         assert ips <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
         os.kill(record.keeper_pid, signal.SIGKILL)
+        wait_until(lambda: not record.alive, 10, "the keeper's end")
         successor = LocalRayHead(head.state_dir, 2, start_timeout_s=0.01)
         with pytest.raises(ClusterUnreachable, match="still starting"):
             successor.ensure()

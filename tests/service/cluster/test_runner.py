@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -47,6 +48,7 @@ class Stage:
     launcher: RayLauncher
     receiver: Receiver
     storage: Path
+    images: Path
 
     def launch(self, **changes: Any) -> LaunchRequest:
         """Start an attempt of a small job, which would train for very long if nothing else is said."""
@@ -79,13 +81,27 @@ class Stage:
 
 
 @pytest.fixture
-def stage(ray_head: LocalRayHead, tmp_path: Path) -> Iterator[Stage]:
+def stage(ray_head: LocalRayHead, images: Path, tmp_path: Path) -> Iterator[Stage]:
     with receiving() as receiver:
-        yield Stage(RayLauncher(ray_head.connect), receiver, tmp_path)
+        yield Stage(RayLauncher(ray_head.connect), receiver, tmp_path, images)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in MNIST's format: noise, 4 x 4, 10 classes. Loads faster than scikit-learn's digits."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 256), ("t10k", 64)):
+        pixels = rng.integers(0, 256, (count, 4, 4), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for name, array in ((f"{part}-images-idx3-ubyte", pixels), (f"{part}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
+            (folder / name).write_bytes(header + array.tobytes())
+    return folder
 
 
 def test_a_job_runs_and_reports_every_step_of_every_rank_once(stage: Stage) -> None:
-    request = stage.launch(max_steps=20)
+    request = stage.launch(max_steps=20, data="builtin:digits")
     stage.launcher.launch(request, stage.receiver.token)  # asked again: adopted, not started twice
     ended = stage.receiver.wait_for(lambda: stage.receiver.ended, STARTS_S)
     assert (ended.outcome, ended.reason) == (Outcome.SUCCEEDED, None)
