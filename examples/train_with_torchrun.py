@@ -17,7 +17,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1))
-    model = DistributedDataParallel(convert_sync_batchnorm(plain), broadcast_buffers=False)
+    model = DistributedDataParallel(convert_sync_batchnorm(plain))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(10):
