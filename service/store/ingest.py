@@ -67,7 +67,7 @@ def ingest(connection: Connection, attempt_id: str, token: str, batch: IngestBat
     An attempt that is no longer the newest, or whose job is terminal, is told to abort and nothing is stored; while
     a job is cancelling, recovering, queued or paused its newest attempt is told to abort, but is still listened to.
 
-    Raises: Unauthorized; InvalidRequest for a rank that the job has not, or times that do not fit the facts.
+    Raises: Unauthorized; InvalidRequest for a rank that the job has not, a time or a step that cannot be.
     """
     job_id, attempt = authorize(connection, attempt_id, token)
     job = get_job(connection, job_id, now)
@@ -94,10 +94,7 @@ def _check(batch: IngestBatch, num_workers: int) -> None:
         if part.rank >= num_workers:
             text = f"the job has ranks {RUNNER} (the runner) to {num_workers - 1}"
             problems.append(FieldProblem(f"/batches/{index}/rank", "rank_unknown", text))
-        if len(part.times) != len(part.events):
-            text = f"{len(part.times)} times for {len(part.events)} events"
-            problems.append(FieldProblem(f"/batches/{index}/times", "times_mismatch", text))
-        elif not all(0 <= time < 1e11 for time in part.times):
+        if not all(0 <= time < 1e11 for time in part.times):
             text = "times are seconds since 1970, and finite"
             problems.append(FieldProblem(f"/batches/{index}/times", "time_impossible", text))
         if not all(0 <= _step(event) < _MAX_STEP for event in part.events):
