@@ -1,6 +1,7 @@
 """A real HTTP peer for runners: takes telemetry as the service's ingest route does, and remembers it."""
 
 import json
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -106,6 +107,12 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.receiver = receiver
         self.problems: list[str] = []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A runner may be killed in the middle of a connection; anything else is a problem."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError):
+            self.problems.append(repr(error))
 
 
 @contextmanager
