@@ -372,10 +372,12 @@ def test_a_model_cast_between_the_swaps_comes_back_cast(normalizer: Normalizer) 
     assert model(batch(2, 8, 3, 3)).dtype is torch.float64
 
 
-def test_what_ghosts_learned_is_the_batchnorm_s_when_it_returns() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(8, dtype=torch.float64))
-    twin = copy.deepcopy(model)
-    replace_batchnorm(model, GhostNormalizer(4))(batch(8, 8))
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_ghosts_learned_is_the_batchnorm_s_when_it_returns(affine: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8, affine=affine))
+    twin = copy.deepcopy(model).double()
+    # The cast gives the ghosts new buffers, which the BatchNorm has never seen.
+    replace_batchnorm(model, GhostNormalizer(4)).double()(batch(8, 8))
     restore_batchnorm(model)
     for part in torch.split(batch(8, 8), 4):
         twin(part)
