@@ -1,0 +1,123 @@
+"""Server-sent events over a real socket."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import pytest
+
+from service.jobs import JobState
+from tests.service.api.house import House
+from tests.service.api.live import listening
+from tests.service.store.telling import spec, started, step
+
+
+@contextmanager
+def _following(url: str, **headers: str) -> Iterator[Iterator[httpx2.ServerSentEvent]]:
+    with httpx2.stream("GET", url, headers=headers, timeout=20) as answer:
+        assert answer.status_code == 200, answer.read()
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        yield iter(httpx2.EventSource(answer))
+
+
+def _kind(message: httpx2.ServerSentEvent) -> tuple[str, Any]:
+    payload = json.loads(message.data)
+    return message.event, payload["seq"] if message.event == "event" else payload.get("step", payload.get("state"))
+
+
+def test_a_finished_job_is_told_whole_and_then_ended(house: House) -> None:
+    job, _ = house.running_job(started(), step(3))
+    house.store.transition(job, JobState.SUCCEEDED)
+    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+        told = [_kind(message) for message in messages]
+    assert told == [*[("event", seq) for seq in range(1, 6)], ("progress", 3), ("end", "succeeded")]
+
+
+def test_a_running_job_is_told_as_it_happens(house: House) -> None:
+    job, token = house.running_job(started())
+    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+        told = [_kind(next(messages)) for _ in range(5)]
+        assert told == [*[("event", seq) for seq in range(1, 5)], ("progress", 0)]
+        house.tell(job, token, step(1), first_seq=1)
+        assert _kind(next(messages)) == ("progress", 1)
+        house.store.transition(job, JobState.FAILED)
+        assert [_kind(message) for message in messages] == [("event", 5), ("end", "failed")]
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"), [("?after=3", {}), ("", {"Last-Event-ID": "3"}), ("?after=1", {"Last-Event-ID": "3"})]
+)
+def test_a_reader_goes_on_where_it_left(house: House, query: str, headers: dict[str, str]) -> None:
+    job, _ = house.running_job(started(), started())
+    house.store.transition(job, JobState.FAILED)
+    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream{query}", **headers) as messages:
+        told = list(messages)
+    assert [message.id for message in told if message.event == "event"] == ["4", "5", "6"]
+    assert told[-1].event == "end"
+
+
+def test_a_long_history_is_told_without_a_hole(house: House) -> None:
+    job, _ = house.running_job(*[started() for _ in range(450)])
+    house.store.transition(job, JobState.FAILED)
+    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+        seqs = [int(message.id) for message in messages if message.event == "event"]
+    assert seqs == list(range(1, 455))
+
+
+def test_progress_is_told_at_most_twice_a_second(house: House) -> None:
+    job, token = house.running_job(started())
+    leave = threading.Event()
+
+    def keep_telling() -> None:
+        number = 1
+        while not leave.wait(0.02):
+            house.tell(job, token, step(number), first_seq=number)
+            number += 1
+
+    teller = threading.Thread(target=keep_telling)
+    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+        teller.start()
+        times: list[float] = []
+        try:
+            while len(times) < 4:
+                if next(messages).event == "progress":
+                    times.append(time.monotonic())
+        finally:
+            leave.set()
+            teller.join(10)
+    # Three pauses of half a second between four messages; a slow machine only makes them longer.
+    assert times[-1] - times[0] > 1.2
+
+
+def test_an_open_stream_leaves_when_the_service_stops(house: House) -> None:
+    job, _ = house.store.create(spec())
+    stopping = threading.Event()
+    with listening(house.app(stopping=stopping)) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+        assert next(messages).event == "event"
+        before = time.monotonic()
+        stopping.set()
+        assert list(messages) == []
+        assert time.monotonic() - before < 5
+
+
+def test_a_reader_that_leaves_does_not_keep_the_service(house: House) -> None:
+    job, _ = house.store.create(spec())
+    with listening(house.app()) as url:
+        for _ in range(3):
+            with _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+                next(messages)
+        before = time.monotonic()
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize("last", ["x", "-1"])
+def test_a_resume_from_nowhere_is_refused(house: House, last: str) -> None:
+    job, _ = house.store.create(spec())
+    with house.client() as client:
+        answer = client.get(f"/v1/jobs/{job.id}/stream", headers={"Last-Event-ID": last})
+    assert answer.status_code == 422
+    assert [problem["pointer"] for problem in answer.json()["errors"]] == ["/last-event-id"]
