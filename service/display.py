@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.client import Client
 from service.errors import InvalidRequest, ServiceError
@@ -37,7 +37,8 @@ def print_error(console: Console, error: ServiceError) -> None:
 
 def job_table(jobs: Iterable[Job]) -> Table:
     """One line for each job."""
-    table = Table("job", "name", "state", "step", "loss", "accuracy", "created", box=None)
+    job_id = Column("job", no_wrap=True)  # is copied into the next command, so it is never cut
+    table = Table(job_id, "name", "state", "step", "loss", "accuracy", "created", box=None)
     for job in jobs:
         progress = job.progress
         table.add_row(
@@ -47,7 +48,7 @@ def job_table(jobs: Iterable[Job]) -> Table:
             f"{progress.step}/{progress.total_steps}" if progress else "",
             _number(progress.train_loss if progress else None),
             _percent(progress.validation_accuracy if progress else None),
-            f"{job.created_at:%Y-%m-%d %H:%M:%S}",
+            f"{job.created_at:%m-%d %H:%M}",
         )
     return table
 
@@ -73,7 +74,7 @@ def report_panel(report: JobReport) -> RenderableType:
     """The report as text: the verdicts first, then the numbers behind them."""
     drift, convergence, last = report.drift, report.convergence, report.last_evaluation
     rows = [
-        ("convergence", f"[bold]{convergence.verdict}[/]: {escape(convergence.sentence)}"),
+        ("convergence", escape(convergence.sentence)),
         ("drift", f"[bold {_COLOUR[drift.colour]}]{drift.colour}[/]: {escape(drift.sentence)}"),
         *(("advice", escape(advice)) for advice in drift.advice),
     ]

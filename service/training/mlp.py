@@ -1,5 +1,6 @@
 """The multilayer perceptron with BatchNorm: small enough to train anywhere, and hurt most by small batches."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
@@ -11,8 +12,11 @@ def mlp(num_inputs: int, hidden_sizes: Sequence[int], num_classes: int, bn_momen
     Shape: ``(N, *)`` with ``num_inputs`` values per sample ``-> (N, num_classes)`` logits.
     The hidden linear layers have no bias: BatchNorm subtracts it again (Ioffe and Szegedy 2015, section 3.2).
     """
-    layers: list[nn.Module] = [nn.Flatten()]
-    for size in hidden_sizes:
-        layers += [nn.Linear(num_inputs, size, bias=False), nn.BatchNorm1d(size, momentum=bn_momentum), nn.ReLU()]
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+    for number, size in enumerate(hidden_sizes, start=1):
+        layers[f"linear{number}"] = nn.Linear(num_inputs, size, bias=False)
+        layers[f"norm{number}"] = nn.BatchNorm1d(size, momentum=bn_momentum)
+        layers[f"relu{number}"] = nn.ReLU()
         num_inputs = size
-    return nn.Sequential(*layers, nn.Linear(num_inputs, num_classes))
+    layers["classes"] = nn.Linear(num_inputs, num_classes)
+    return nn.Sequential(OrderedDict(layers))

@@ -13,10 +13,14 @@ from tests.e2e.conftest import RunningService, small_spec
 pytestmark = pytest.mark.ray
 
 
+SYNCBN = str(Path(sys.executable).with_name("syncbn"))
+"""The command as the package installs it."""
+
+
 def syncbn(service: RunningService, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run one command against the service."""
     return subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments],
+        [SYNCBN, *arguments],
         input=stdin,
         capture_output=True,
         text=True,
@@ -112,7 +116,7 @@ def test_the_doctor_finds_nothing_wrong_here_and_the_wrong_cluster_there(service
     assert [f for f in findings if not f["ok"]] == []
     assert found.returncode == 0
     sick = subprocess.run(
-        [sys.executable, "-m", "service.cli", "doctor", "--json"],
+        [SYNCBN, "doctor", "--json"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -86,7 +86,7 @@ def test_every_rank_tells_every_step_and_rank_zero_what_concerns_all(tmp_path: P
     assert [(e.step, e.epoch) for e in _of(Evaluation, leading)] == [(6, 1), (12, 2), (14, 3)]
     assert [event.step for event in _of(Drift, leading)] == [6, 12, 14]
     assert [event.step for event in _of(CheckpointSaved, leading)] == [5, 10, 14]
-    assert [layer.layer for layer in _of(Drift, leading)[0].layers] == ["2", "5"]
+    assert [layer.layer for layer in _of(Drift, leading)[0].layers] == ["norm1", "norm2"]
     assert sum("validation loss" in line.text for line in _of(LogLine, leading)) == 3
     phases = [event.phase for event in _of(PhaseChanged, leading)]
     assert phases[:5] == [Phase.LOADING, Phase.TRAINING, Phase.CHECKPOINTING, Phase.TRAINING, Phase.VALIDATING]

@@ -15,11 +15,11 @@ def test_the_mlp_computes_linear_batchnorm_relu_as_numpy_does() -> None:
     weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
 
     x = images.numpy().reshape(7, 6)
-    for linear, bn in (("1", "2"), ("4", "5")):
+    for linear, bn in (("linear1", "norm1"), ("linear2", "norm2")):
         x = x @ weights[f"{linear}.weight"].T
         x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * weights[f"{bn}.weight"] + weights[f"{bn}.bias"]
         x = np.maximum(x, 0)
-    expected = x @ weights["7.weight"].T + weights["7.bias"]
+    expected = x @ weights["classes.weight"].T + weights["classes.bias"]
 
     np.testing.assert_allclose(model(images).detach().numpy(), expected, rtol=0, atol=1e-12)
 
