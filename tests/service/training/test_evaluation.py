@@ -68,10 +68,10 @@ def _expected(dataset: Dataset) -> dict[str, float]:
         loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
         return loss, (logits.argmax(1) == labels).astype(float)
 
-    loss_s, right_s = judge(state["norm1.running_mean"], state["norm1.running_var"])
+    loss_s, right_s = judge(state["2.running_mean"], state["2.running_var"])
     loss_p, right_p = judge(hidden["train"].mean(0), hidden["train"].var(0, ddof=1))
     root = np.sqrt(len(labels))
-    shift = (state["norm1.running_mean"] - hidden["train"].mean(0)) / np.sqrt(hidden["train"].var(0) + 1e-5)
+    shift = (state["2.running_mean"] - hidden["train"].mean(0)) / np.sqrt(hidden["train"].var(0) + 1e-5)
     return {
         "stored.loss": loss_s.mean(),
         "stored.accuracy": right_s.mean(),
