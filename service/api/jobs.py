@@ -97,4 +97,12 @@ def _cancel(store: JobStore, job_id: str) -> tuple[Job, bool]:
 def report(job: ExistingJob, store: Store) -> JobReport:
     """Whether the job converges, and whether its running statistics can be trusted."""
     losses = store.metric(job.id, "train/loss", max_points=None)
-    return report_job(job, job.attempt, losses, store.evaluations(job.id), store.drift(job.id))
+    start = store.start_of(job.id)
+    return report_job(
+        job,
+        job.attempt,
+        losses,
+        store.evaluations(job.id),
+        store.drift(job.id),
+        num_classes=start.num_classes if start else None,
+    )

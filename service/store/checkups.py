@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from service.jobs import Drift, Evaluation
+from service.jobs import Drift, Evaluation, RankStarted
 from service.store.events import bodies_of_type
 
 _Checkup = TypeVar("_Checkup", Evaluation, Drift)
@@ -18,6 +18,12 @@ def evaluations_of(connection: Connection, job_id: str) -> list[Evaluation]:
 def drift_of(connection: Connection, job_id: str) -> list[Drift]:
     """Every drift measurement in order of steps."""
     return _by_step(connection, job_id, "drift", Drift)
+
+
+def start_of(connection: Connection, job_id: str) -> RankStarted | None:
+    """What a rank of the newest attempt said when it was ready; None before any was."""
+    told = bodies_of_type(connection, job_id, "rank_started")
+    return RankStarted.model_validate_json(told[-1][1]) if told else None
 
 
 def _by_step(connection: Connection, job_id: str, event_type: str, kind: type[_Checkup]) -> list[_Checkup]:

@@ -23,6 +23,7 @@ from service.jobs import (
     LogRecord,
     MetricSeries,
     Phase,
+    RankStarted,
     Reason,
     ReasonClass,
 )
@@ -204,6 +205,12 @@ class JobStore:
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
             return steps.metric_series(connection, job_id, name, rank, first_step, last_step, max_points)
+
+    def start_of(self, job_id: str) -> RankStarted | None:
+        """What a rank of the newest attempt said when it was ready to train; None before any was."""
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            return checkups.start_of(connection, job_id)
 
     def evaluations(self, job_id: str) -> list[Evaluation]:
         """Evaluations in order of steps; of a repeated step the latest attempt's."""

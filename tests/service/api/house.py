@@ -36,9 +36,9 @@ class House:
     def client(self, api_token: str | None = None) -> TestClient:
         return TestClient(self.app(api_token), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
-    def running_job(self, *events: TelemetryEvent) -> tuple[Job, str]:
+    def running_job(self, *events: TelemetryEvent, wanted: JobSpec | None = None) -> tuple[Job, str]:
         """A job whose rank 0 has told ``events``, and its ingest token."""
-        job, token = self.store.start_attempt(self.store.create(spec())[0])
+        job, token = self.store.start_attempt(self.store.create(wanted or spec())[0])
         job = self.store.transition(job, JobState.RUNNING)
         self.tell(job, token, *events)
         return job, token

@@ -169,3 +169,15 @@ def test_the_report_is_made_of_what_is_stored(client: TestClient, house: House) 
     assert (report.job_id, report.num_steps, report.num_attempts) == (job.id, 30, 1)
     assert report.last_evaluation is not None
     assert report.last_evaluation.stored.accuracy == 0.75
+
+
+@pytest.mark.parametrize(("num_classes", "verdict"), [(2, "diverged"), (10, "undecided")])
+def test_the_report_judges_by_the_number_of_classes_that_the_ranks_found(
+    client: TestClient, house: House, num_classes: int, verdict: str
+) -> None:
+    # A loss of 3 is over twice that of guessing between 2 classes (0.69), not between 10 (2.30).
+    steps = [step(n + 1, loss=3.0) for n in range(60)]
+    start = started().model_copy(update={"num_classes": num_classes})
+    job, _ = house.running_job(start, *steps, wanted=spec().model_copy(update={"data": "idx:/images"}))
+    report = JobReport.model_validate_json(client.get(f"/v1/jobs/{job.id}/report").content)
+    assert report.convergence.verdict == verdict

@@ -1,7 +1,6 @@
 import math
 import random
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -299,10 +298,9 @@ def test_progress_follows_the_ranks(store: JobStore, attempt: Attempt) -> None:
     assert progress.train_loss == 2.0
 
 
-def test_a_thousand_steps_are_stored_well_under_a_second(attempt: Attempt) -> None:
-    # About 10 ms on an idle machine; the bound holds where many tests share it. Row by row it takes seconds.
-    facts = [step(n + 1) for n in range(1000)]
-    before = time.perf_counter()
-    attempt.tell(*facts)
-    assert time.perf_counter() - before < 0.5
-    assert attempt.store.metric(attempt.job.id, "train/loss").num_points == 1000
+def test_the_start_that_is_told_is_the_newest_attempts(store: JobStore, attempt: Attempt) -> None:
+    assert store.start_of(attempt.job.id) is None
+    attempt.tell(started())
+    later = Attempt(store, store.transition(attempt.job, JobState.RECOVERING))
+    later.tell(started(resumed_step=7))
+    assert store.start_of(attempt.job.id) == started(resumed_step=7)
