@@ -9,7 +9,6 @@ import pytest
 from service.cluster.head import LocalRayHead
 from service.cluster.head_record import read_record
 
-
 # How long an example takes says nothing about it on a machine that other tests share.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
