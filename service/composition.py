@@ -67,6 +67,8 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
             store, launcher, ingest_url=str(settings.public_url or url), storage=settings.storage_path
         )
         stack.enter_context(_thread("scheduler", lambda: scheduler.run(stopping), stopping))
+        if head is not None:
+            stack.callback(_cut_start_short, head, scheduler, stopping)
         app = create_app(
             store,
             check_placement=lambda spec: _placement_problems(spec, scheduler, local=head is not None),
@@ -110,6 +112,13 @@ def _stop_head(head: LocalRayHead, store: JobStore) -> None:
         if job.state in (JobState.STARTING, JobState.RUNNING):
             store.transition(job, JobState.RECOVERING, reason=Reason.SERVICE_STOPPED, detail=detail)
     head.stop()
+
+
+def _cut_start_short(head: LocalRayHead, scheduler: Scheduler, stopping: threading.Event) -> None:
+    """Spare whoever presses Ctrl-C the wait for a head that is just starting: the scheduler's thread waits for it."""
+    stopping.set()
+    if scheduler.cluster_status != "ok":
+        head.stop()
 
 
 def _keep_touching(head: LocalRayHead, stopping: threading.Event) -> None:
