@@ -3,15 +3,23 @@
 from syncbn.batchnorm import SyncBatchNorm
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.drift import LayerDrift, log_var_ratio, mean_shift, measure_drift, output_error, rank_disagreement
+from syncbn.estimators import Estimator
+from syncbn.freezing import freeze, is_frozen, unfreeze
 from syncbn.functional import sync_batch_norm
+from syncbn.join import JoinableModel
 from syncbn.moments import BatchMoments
-from syncbn.population import population_statistics, using_statistics
+from syncbn.population import apply_statistics, population_statistics, using_statistics
 
 __all__ = [
     "BatchMoments",
+    "Estimator",
+    "JoinableModel",
     "LayerDrift",
     "SyncBatchNorm",
+    "apply_statistics",
     "convert_sync_batchnorm",
+    "freeze",
+    "is_frozen",
     "log_var_ratio",
     "mean_shift",
     "measure_drift",
@@ -20,6 +28,7 @@ __all__ = [
     "rank_disagreement",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "unfreeze",
     "using_statistics",
 ]
 

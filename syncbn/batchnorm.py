@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,6 +58,13 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.process_group = process_group
         self._num_input_dims: int | None = None  # of the last input, for the way back to torch's class
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
+        """`syncbn.convert_sync_batchnorm` where torch's class has it; unlike there, ``module`` itself is changed."""
+        from syncbn.convert import convert_sync_batchnorm  # which imports this class
+
+        return convert_sync_batchnorm(module, process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""

@@ -1,5 +1,8 @@
 """Turn a model's BatchNorm layers into SyncBatchNorm and back, losing nothing on either way."""
 
+import copy
+from typing import Any
+
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,14 +19,14 @@ _CLASS_BY_INPUT_DIMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d,
 def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
     """Make every BatchNorm of ``module`` synchronize over ``process_group``; returns ``module``.
 
-    Layers are changed in place and stay the objects they are: parameters, buffers, hooks, flags and attributes are
-    not touched, a layer in two places stays one, and an optimizer made before goes on. Converted are torch's
-    BatchNorm1d, 2d, 3d and SyncBatchNorm, and subclasses that inherit their forward. Layers that synchronize
-    already get ``process_group``; None leaves them the one they have.
+    Layers are changed in place and stay the objects they are: parameters, buffers, hooks, flags, parametrizations
+    and attributes are not touched, a layer in two places stays one, and an optimizer made before goes on. Converted
+    are torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, and subclasses that inherit their forward. Layers that
+    synchronize already get ``process_group``; None leaves them the one they have.
 
     Raises:
-        ValueError: naming the path of a BatchNorm with a forward of its own, of one that is parametrized and of one
-            that is still lazy, before anything is changed.
+        ValueError: naming the path of a BatchNorm with a forward of its own and of one that is still lazy, before
+            anything is changed.
     """
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
     for path, layer in layers.items():
@@ -37,23 +40,20 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Give every layer that `convert_sync_batchnorm` changed its own class again; returns ``module``.
 
     In place and lossless as the conversion; only torch's own SyncBatchNorm keeps a group that it was given meanwhile.
+    Parametrizations are those of now, also where some came or went meanwhile.
     A SyncBatchNorm that was built as such becomes torch's BatchNorm for the inputs it last saw: BatchNorm1d for 2-d
     and 3-d, BatchNorm3d for 5-d, else BatchNorm2d, also if it saw none.
     """
     for layer in module.modules():
-        if type(layer) is SyncBatchNorm:
+        if isinstance(layer, SyncBatchNorm) and _plain_class(layer) is SyncBatchNorm:
             _revert(layer)
     return module
 
 
 def _check_convertible(path: str, layer: _BatchNorm) -> None:
-    kind = type(layer)
+    kind = _plain_class(layer)
     if isinstance(layer, LazyModuleMixin):
         raise ValueError(f"{path} is a {kind.__name__} that has no size yet; run a batch through the model first")
-    if is_parametrized(layer):
-        raise ValueError(
-            f"{path} has parametrized tensors; remove the parametrizations, convert, and register them again"
-        )
     if kind.forward not in _CONVERTIBLE_FORWARDS:
         raise ValueError(
             f"{path} is a {kind.__name__} with a forward of its own, which a conversion would drop; "
@@ -63,9 +63,9 @@ def _check_convertible(path: str, layer: _BatchNorm) -> None:
 
 def _convert(layer: _BatchNorm, process_group: ProcessGroup | None) -> None:
     if not isinstance(layer, SyncBatchNorm):
-        layer.__dict__[_ORIGINAL_CLASS] = type(layer)
+        layer.__dict__[_ORIGINAL_CLASS] = _plain_class(layer)
         layer.__dict__.setdefault("process_group", None)
-        layer.__class__ = SyncBatchNorm
+        _change_class(layer, SyncBatchNorm)
     if process_group is not None:
         layer.__dict__["process_group"] = process_group
 
@@ -77,4 +77,32 @@ def _revert(layer: SyncBatchNorm) -> None:
         original = _CLASS_BY_INPUT_DIMS.get(num_dims, nn.BatchNorm2d)
     if not issubclass(original, nn.SyncBatchNorm):
         del layer.__dict__["process_group"]
-    layer.__class__ = original  # type: ignore[assignment]  # the narrowing ends here
+    _change_class(layer, original)
+
+
+def _plain_class(layer: _BatchNorm) -> type[_BatchNorm]:
+    """The layer's class without what `torch.nn.utils.parametrize` derives from it."""
+    kind = type(layer)
+    if is_parametrized(layer):
+        (kind,) = kind.__bases__
+    return kind
+
+
+def _change_class(layer: _BatchNorm, kind: type[_BatchNorm]) -> None:
+    """Make ``layer`` a ``kind``, with the properties by which a parametrized layer computes its tensors."""
+    if not is_parametrized(layer):
+        layer.__class__ = kind
+        return
+    derived = type(layer)
+    namespace: dict[str, Any] = {name: value for name, value in vars(derived).items() if isinstance(value, property)}
+    namespace["__getstate__"] = vars(derived)["__getstate__"]  # torch refuses to pickle such a layer
+    if not hasattr(kind, "__deepcopy__"):  # else copying would pickle
+        namespace["__deepcopy__"] = _deepcopy_attributes
+    layer.__class__ = type(f"Parametrized{kind.__name__}", (kind,), namespace)
+
+
+def _deepcopy_attributes(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    copied: nn.Module = type(layer).__new__(type(layer))
+    memo[id(layer)] = copied
+    copied.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+    return copied

@@ -1,10 +1,9 @@
 """Population statistics: what the running statistics estimate, computed for the weights as they are now.
 
-Ioffe and Szegedy 2015, Algorithm 2, lines 8 to 12, with the pooled variance of Wu and Johnson 2021 ("Rethinking
-'Batch' in BatchNorm", section 3), which no batch size biases.
+Ioffe and Szegedy 2015, Algorithm 2, lines 8 to 12; the estimators are in `syncbn.estimators`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,39 +13,78 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.estimators import Estimate, Estimator, estimate_for
 from syncbn.exchange import peers, sum_over_ranks
 from syncbn.kernels.aten import local_moments
 from syncbn.layers import tracked_layers, unwrapped
 from syncbn.moments import BatchMoments
 
 
+def without_targets(batch: Any) -> Any:
+    """The first item of a tuple or list, which is how data sets give a sample with its target; else ``batch``."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
 @torch.no_grad()
 def population_statistics(
-    model: nn.Module, batches: Iterable[Any], *, process_group: ProcessGroup | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    estimator: Estimator = Estimator.POOLED,
+    input_of: Callable[[Any], Any] = without_targets,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, BatchMoments]:
-    """Moments of what each BatchNorm layer is fed, over all ``batches`` of all ranks.
+    """Moments of what each BatchNorm layer is fed, estimated from all ``batches`` of all ranks.
 
-    Each batch goes through ``model(batch)`` in evaluation mode, save that every BatchNorm that keeps running
-    statistics, torch's or ours, normalizes by the batch's own, as in training. Modes, buffers and counters are as
-    before afterwards, whatever happens.
+    Each batch goes through ``model(input_of(batch))`` in evaluation mode, save that every BatchNorm that keeps
+    running statistics, torch's or ours, normalizes by the batch's own, as in training. That is the rank's batch: a
+    layer sees what it sees in training if the batches are of the size that all ranks have together in training.
+    Modes, buffers and counters are as before afterwards, whatever happens; `apply_statistics` writes the result.
+
+    Args:
+        model: of any kind; of DistributedDataParallel the module inside is called.
+        batches: gone through once; may be empty on some ranks.
+        estimator: what is made of the batches.
+        input_of: from a batch, the argument of ``model``; by default the batch, or its first item if it is a tuple
+            or list.
+        process_group: whose batches count; None for the default group, if there is one.
 
     Returns:
         By module path, in the order in which the layers first ran (for ranks that differ, on average); the same on
-        every rank. Every value counts once, so batches may be of any size. Layers that never ran are left out.
-    Cost: a forward pass a batch, and ONE exchange of ``2C + 3`` doubles a layer, all in one vector, when this
-        rank's batches are used up. All ranks must call, also those without any batch.
+        every rank. ``unbiased_var`` is the variance for evaluation. Layers that never ran are left out.
+    Cost: a forward pass a batch, memory of some ``C`` doubles a layer, and ONE exchange of ``2C + 3`` doubles a layer
+        (another than the pooled estimator: ``2C + 4``), all in one vector, when this rank's batches are used up.
+        All ranks must call, also those without any batch.
     Raises: ValueError from torch, for a batch with a single value per channel.
     """
     layers = tracked_layers(model)
-    record = _Record(layers)
+    record = _Record(layers, estimator)
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         for layer in layers.values():
             stack.enter_context(_buffers(layer, running_mean=None, running_var=None))
         stack.enter_context(record.listening())
         for batch in batches:
-            unwrapped(model)(batch)
-    return record.pooled(peers(process_group))
+            unwrapped(model)(input_of(batch))
+    return record.over_ranks(peers(process_group))
+
+
+@torch.no_grad()
+def apply_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -> None:
+    """Write ``statistics`` (the variance unbiased) into the running statistics of the named layers, for good.
+
+    In place, so that whoever holds the buffers sees it; the counters of batches stay. No collective: where ranks
+    pass the same, as `population_statistics` returns it, they go on holding the same bits.
+
+    Raises:
+        ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
+    """
+    layers = _named_layers(model, statistics)
+    for path, moments in statistics.items():
+        for name, value in _as_buffers(layers[path], moments).items():
+            buffer = layers[path]._buffers[name]
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
 
 
 @contextmanager
@@ -60,22 +98,30 @@ def using_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -
     Raises:
         ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
     """
-    layers = tracked_layers(model)
-    unknown = sorted(statistics.keys() - layers.keys())
-    if unknown:
-        raise ValueError(f"no layers with running statistics at {unknown}; the model has {sorted(layers)}")
+    layers = _named_layers(model, statistics)
     with ExitStack() as stack:
         for path, moments in statistics.items():
             stack.enter_context(_buffers(layers[path], **_as_buffers(layers[path], moments)))
         yield
 
 
-class _Record:
-    """What passed through each layer on this rank: moments, and at which place in the order it first ran."""
+def _named_layers(model: nn.Module, statistics: Mapping[str, BatchMoments]) -> dict[str, _BatchNorm]:
+    layers = tracked_layers(model)
+    unknown = sorted(statistics.keys() - layers.keys())
+    if unknown:
+        raise ValueError(f"no layers with running statistics at {unknown}; the model has {sorted(layers)}")
+    return layers
 
-    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+
+class _Record:
+    """What passed through each layer on this rank: an estimate, and at which place in the order it first ran."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm], estimator: Estimator) -> None:
         self._layers = layers
-        self._moments = {path: BatchMoments.empty(layer.num_features, _device(layer)) for path, layer in layers.items()}
+        self._estimates: dict[str, Estimate] = {
+            path: estimate_for(estimator, layer.num_features, layer.momentum, _device(layer))
+            for path, layer in layers.items()
+        }
         self._order: dict[str, int] = {}
 
     @contextmanager
@@ -90,19 +136,19 @@ class _Record:
     def _note(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._order.setdefault(path, len(self._order))
         values = args[0] if args else kwargs["input"]
-        self._moments[path] = self._moments[path].merge(local_moments(values))
+        self._estimates[path].add(local_moments(values))
 
-    def pooled(self, process_group: ProcessGroup | None) -> dict[str, BatchMoments]:
-        """The moments over all ranks, sorted by when the layers ran; joined by ranks that saw nothing as well."""
+    def over_ranks(self, process_group: ProcessGroup | None) -> dict[str, BatchMoments]:
+        """The estimates over all ranks, sorted by when the layers ran; joined by ranks that saw nothing as well."""
         if not self._layers:
             return {}
         if process_group is None:
-            return {path: self._moments[path] for path in self._order}
-        slots = [torch.cat([self._moments[path].pack(), self._place(path)]) for path in self._layers]
+            return {path: self._estimates[path].result() for path in self._order}
+        slots = [torch.cat([self._estimates[path].pack(), self._place(path)]) for path in self._layers]
         total = sum_over_ranks(torch.cat(slots), process_group)
         parts = dict(zip(self._layers, torch.split(total, [slot.numel() for slot in slots]), strict=True))
         places = {path: (part[-2] / part[-1]).item() for path, part in parts.items() if part[-1] > 0}
-        return {path: BatchMoments.unpack(parts[path][:-2]) for path in sorted(places, key=places.__getitem__)}
+        return {path: self._estimates[path].unpack(parts[path][:-2]) for path in sorted(places, key=places.__getitem__)}
 
     def _place(self, path: str) -> Tensor:
         """Place in the order, and a one to divide the ranks' sum of places by; zeros if the layer never ran."""

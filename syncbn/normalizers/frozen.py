@@ -12,6 +12,8 @@ class FrozenBatchNorm(nn.Module):
     ``bias`` are buffers, so that no optimizer, no ``requires_grad_`` and no DistributedDataParallel takes them for
     parameters, and ``train()`` changes nothing. The gradient of the input is that of the affine map.
 
+    For a while only, with the BatchNorm kept in its place, see `syncbn.freeze`.
+
     Shape: ``(N, C, *) -> (N, C, *)``, 2-d and more; a sample's output depends on that sample alone.
     State: a BatchNorm's, key by key, with ``affine`` as it was; checkpoints of either load into the other.
     Source: the inference form of Ioffe and Szegedy 2015, Algorithm 2, line 11.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from tests.ranks import run_ranks
@@ -107,11 +108,68 @@ def test_a_subclass_with_its_own_forward_is_refused_before_anything_changes() ->
     assert type(model[0]) is nn.BatchNorm2d
 
 
-def test_a_lazy_and_a_parametrized_layer_are_refused_by_path() -> None:
+def test_a_lazy_layer_is_refused_by_path() -> None:
     with pytest.raises(ValueError, match="0 is a LazyBatchNorm2d that has no size yet"):
         convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
-    with pytest.raises(ValueError, match="the module itself has parametrized tensors"):
-        convert_sync_batchnorm(weight_norm(nn.BatchNorm1d(3)))
+
+
+def test_a_parametrized_layer_keeps_its_parametrizations_there_and_back() -> None:
+    layer = weight_norm(nn.BatchNorm1d(3, dtype=torch.float64))
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected = copy.deepcopy(layer)(x)
+    parameters = dict(layer.named_parameters())
+    convert_sync_batchnorm(layer)
+    assert isinstance(layer, SyncBatchNorm)
+    assert layer.weight is not layer.weight  # computed each time
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=1e-12, atol=1e-12)
+    revert_sync_batchnorm(layer)
+    assert isinstance(layer, nn.BatchNorm1d)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=1e-12, atol=1e-12)
+    assert all(parameter is parameters[name] for name, parameter in layer.named_parameters())
+    remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.BatchNorm1d
+
+
+def test_parametrizations_may_come_and_go_between_conversion_and_way_back() -> None:
+    came = convert_sync_batchnorm(nn.BatchNorm1d(3))
+    went = convert_sync_batchnorm(weight_norm(nn.BatchNorm1d(3)))
+    weight_norm(came)
+    remove_parametrizations(went, "weight")
+    revert_sync_batchnorm(nn.ModuleList([came, went]))
+    assert is_parametrized(came, "weight")
+    assert isinstance(came, nn.BatchNorm1d)
+    assert type(went) is nn.BatchNorm1d
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(copy.deepcopy(came)(x), went(x))
+
+
+def test_every_kind_of_hook_is_called_before_between_and_after() -> None:
+    layer = nn.BatchNorm1d(3)
+    calls: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: calls.append("before forward"))
+    layer.register_forward_hook(lambda *_: calls.append("after forward"))
+    layer.register_full_backward_pre_hook(lambda *_: calls.append("before backward"))
+    layer.register_full_backward_hook(lambda *_: calls.append("after backward"))
+    layer.register_state_dict_pre_hook(lambda *_: calls.append("before saving"))  # type: ignore[no-untyped-call]
+    layer.register_state_dict_post_hook(lambda *_: calls.append("after saving"))  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_pre_hook(lambda *_: calls.append("before loading"))  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_post_hook(lambda *_: calls.append("after loading"))  # type: ignore[no-untyped-call]
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        change(layer)
+        calls.clear()
+        layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
+        layer.load_state_dict(layer.state_dict())
+        times = [f"{when} {what}" for what in ("forward", "backward", "saving", "loading") for when in _WHEN]
+        assert calls == times
+
+
+_WHEN = ("before", "after")
+
+
+def test_torchs_own_spelling_converts_too() -> None:
+    model = _model()
+    assert SyncBatchNorm.convert_sync_batchnorm(model) is model
+    assert sum(isinstance(module, SyncBatchNorm) for module in model.modules()) == 5
 
 
 @pytest.mark.parametrize(

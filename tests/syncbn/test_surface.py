@@ -10,9 +10,14 @@ import syncbn
 def test_the_public_names_are_these() -> None:
     assert syncbn.__all__ == [
         "BatchMoments",
+        "Estimator",
+        "JoinableModel",
         "LayerDrift",
         "SyncBatchNorm",
+        "apply_statistics",
         "convert_sync_batchnorm",
+        "freeze",
+        "is_frozen",
         "log_var_ratio",
         "mean_shift",
         "measure_drift",
@@ -21,6 +26,7 @@ def test_the_public_names_are_these() -> None:
         "rank_disagreement",
         "revert_sync_batchnorm",
         "sync_batch_norm",
+        "unfreeze",
         "using_statistics",
     ]
     assert syncbn.__all__ == sorted(syncbn.__all__)
