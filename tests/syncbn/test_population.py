@@ -1,14 +1,25 @@
 """Population statistics: pooled exactly over batches and ranks, and the model is afterwards as it was before."""
 
+import gc
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn import BatchMoments, SyncBatchNorm, convert_sync_batchnorm, population_statistics, using_statistics
+from syncbn import (
+    BatchMoments,
+    Estimator,
+    SyncBatchNorm,
+    apply_statistics,
+    convert_sync_batchnorm,
+    population_statistics,
+    using_statistics,
+)
 from tests.ranks import run_ranks
 from tests.syncbn.collectives import Collective, CollectiveLog
 
@@ -165,3 +176,171 @@ def test_statistics_of_an_unknown_layer_are_refused_and_nothing_is_changed() -> 
     with pytest.raises(ValueError, match=r"\['frist'\]; the model has \['first', 'idle', 'last'\]"), block:
         pass
     assert all(buffer is live[name] for name, buffer in model.named_buffers())
+
+
+BATCH_SIZES = (4, 9, 2, 5)
+NUM_CHANNELS = 3
+
+
+def _images() -> list[Tensor]:
+    """Batches whose sizes, means and spreads differ."""
+    generator = torch.Generator().manual_seed(6)
+    return [
+        torch.randn(size, NUM_CHANNELS, 2, 3, generator=generator) * size + step
+        for step, size in enumerate(BATCH_SIZES)
+    ]
+
+
+def _reckon(estimator: Estimator, images: list[Tensor], momentum: float | None) -> tuple[Any, Any]:
+    """Mean and variance for evaluation, in numpy."""
+    values = [x.double().transpose(0, 1).reshape(NUM_CHANNELS, -1).numpy() for x in images]
+    if estimator is Estimator.POOLED:
+        joined = np.concatenate(values, axis=1)
+        return joined.mean(1), joined.var(1, ddof=1)
+    keep = 1 - momentum if estimator is Estimator.MOVING_AVERAGE and momentum is not None else 1.0
+    weights = keep ** np.arange(len(values))[::-1]
+    means = np.array([batch.mean(1) for batch in values])
+    variances = np.array([batch.var(1, ddof=1) for batch in values])
+    return np.average(means, axis=0, weights=weights), np.average(variances, axis=0, weights=weights)
+
+
+ESTIMATORS = pytest.mark.parametrize(
+    ("estimator", "momentum"),
+    [
+        (Estimator.POOLED, 0.1),
+        (Estimator.MEAN_OF_BATCHES, 0.1),
+        (Estimator.MOVING_AVERAGE, 0.3),
+        (Estimator.MOVING_AVERAGE, 1.0),
+        (Estimator.MOVING_AVERAGE, None),
+    ],
+    ids=lambda value: str(value),
+)
+
+
+@ESTIMATORS
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm])
+def test_every_estimator_is_what_numpy_reckons(
+    estimator: Estimator, momentum: float | None, kind: type[nn.BatchNorm2d]
+) -> None:
+    model = nn.Sequential(kind(NUM_CHANNELS, momentum=momentum))
+    population = population_statistics(model, _images(), estimator=estimator)["0"]
+    mean, var = _reckon(estimator, _images(), momentum)
+    assert population.count == sum(BATCH_SIZES) * 6
+    np.testing.assert_allclose(population.mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(population.unbiased_var.numpy(), var, rtol=1e-6)
+
+
+@ESTIMATORS
+def test_ranks_estimate_together_what_numpy_reckons_from_all(estimator: Estimator, momentum: float | None) -> None:
+    results = run_ranks(3, _estimate_of_rank, estimator, momentum)
+    shares = [_reckon(estimator, _images()[rank::2], momentum) for rank in range(2)]
+    if estimator is Estimator.POOLED:
+        mean, var = _reckon(estimator, _images(), momentum)
+    else:  # two batches each: the ranks' weights have equal sums
+        mean, var = (sum(share) / 2 for share in zip(*shares, strict=True))
+    for vector, num_collectives in results:
+        population = BatchMoments.unpack(vector)
+        assert num_collectives == 1
+        np.testing.assert_allclose(population.mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(population.unbiased_var.numpy(), var, rtol=1e-6)
+        assert torch.equal(vector, results[0][0])
+
+
+def _estimate_of_rank(estimator: Estimator, momentum: float | None) -> tuple[Tensor, int]:
+    """Ranks 0 and 1 share the batches; rank 2 has none."""
+    model = nn.Sequential(SyncBatchNorm(NUM_CHANNELS, momentum=momentum))
+    rank = dist.get_rank()
+    with CollectiveLog() as log:
+        population = population_statistics(model, _images()[rank::2] if rank < 2 else [], estimator=estimator)
+    return population["0"].pack(), len(log.collectives)
+
+
+def test_the_moving_average_is_what_training_tracks_less_its_starting_value() -> None:
+    layer = SyncBatchNorm(NUM_CHANNELS, momentum=0.3)
+    replayed = population_statistics(layer, _images(), estimator=Estimator.MOVING_AVERAGE)[""]
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_var.zero_()
+    for x in _images():
+        layer(x)
+    tracked = 1 - 0.7 ** len(BATCH_SIZES)
+    torch.testing.assert_close(replayed.mean.float(), layer.running_mean / tracked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(replayed.unbiased_var.float(), layer.running_var / tracked, rtol=1e-5, atol=1e-5)
+
+
+def test_a_moving_average_without_momentum_is_refused() -> None:
+    with pytest.raises(ValueError, match="momentum=0 has no moving average"):
+        population_statistics(SyncBatchNorm(3, momentum=0.0), _batches(), estimator=Estimator.MOVING_AVERAGE)
+
+
+def test_of_equal_batches_with_equal_means_all_estimators_agree_up_to_the_correction() -> None:
+    half = torch.randn(4, 3, dtype=torch.float64)
+    batches = [half, half.flip(0)]
+    layer = SyncBatchNorm(3, dtype=torch.float64)
+    variances = [population_statistics(layer, batches, estimator=one)[""].unbiased_var for one in Estimator]
+    torch.testing.assert_close(variances[0] * (7 / 8), variances[1] * (3 / 4), rtol=1e-12, atol=0)
+    torch.testing.assert_close(variances[1], variances[2], rtol=1e-12, atol=0)
+
+
+def test_memory_does_not_grow_with_batches() -> None:
+    num_tensors = []
+
+    def counted() -> Iterator[Tensor]:
+        for step in range(40):
+            if step in (2, 39):
+                gc.collect()
+                num_tensors.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+            yield torch.randn(2, 3)
+
+    population_statistics(SyncBatchNorm(3), counted(), estimator=Estimator.MOVING_AVERAGE)
+    population_statistics(SyncBatchNorm(3), counted())
+    assert num_tensors[0] == num_tensors[1]
+    assert num_tensors[2] == num_tensors[3]
+
+
+def test_samples_with_targets_are_taken_apart_by_default_or_as_told() -> None:
+    plain = population_statistics(Backwards(), _batches())
+    pairs = [(x, torch.zeros(len(x))) for x in _batches()]
+    records = [{"image": x} for x in _batches()]
+    for other in (
+        population_statistics(Backwards(), pairs),
+        population_statistics(Backwards(), [list(pair) for pair in pairs]),
+        population_statistics(Backwards(), records, input_of=lambda record: record["image"]),
+    ):
+        assert all(torch.equal(other[path].pack(), plain[path].pack()) for path in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half_layer", [False, True], ids=["float32-layer", "half-layer"])
+def test_half_inputs_are_pooled_in_full(dtype: torch.dtype, half_layer: bool) -> None:
+    images = [x.to(dtype) for x in _images()]
+    layer = SyncBatchNorm(NUM_CHANNELS, dtype=dtype if half_layer else None)
+    population = population_statistics(layer, images)[""]
+    mean, var = _reckon(Estimator.POOLED, images, 0.1)
+    np.testing.assert_allclose(population.mean.numpy(), mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(population.unbiased_var.numpy(), var, rtol=1e-5)
+
+
+def test_applied_statistics_are_written_in_place_and_nothing_else_is() -> None:
+    model = Backwards()
+    model(_batches()[0])
+    population = population_statistics(model, _batches())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = dict(model.named_buffers())
+    apply_statistics(model, population)
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    for path in ("first", "last"):
+        torch.testing.assert_close(buffers[f"{path}.running_mean"], population[path].mean.float(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            buffers[f"{path}.running_var"], population[path].unbiased_var.float(), rtol=0, atol=0
+        )
+        del before[f"{path}.running_mean"], before[f"{path}.running_var"]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_applying_to_an_unknown_layer_is_refused_before_anything_is_written() -> None:
+    model = Backwards()
+    population = {"first": BatchMoments.empty(3), "frist": BatchMoments.empty(3)}
+    with pytest.raises(ValueError, match=r"\['frist'\]; the model has \['first', 'idle', 'last'\]"):
+        apply_statistics(model, population)
+    assert torch.equal(model.state_dict()["first.running_var"], torch.ones(3))
