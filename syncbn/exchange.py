@@ -1,12 +1,25 @@
-"""Small float64 vectors between the ranks of a process group: one collective each, every rank gets the same bits."""
+"""Small float64 vectors between the ranks of a process group: one collective each, every rank gets the same bits.
+
+Over gloo every message opens with what the rank means to exchange, see `syncbn.agreement`. A message may be shorter
+than what its receiver has room for, never longer: gloo would end the process. So each rank has room for the longest
+message there is, whatever it sends itself.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from syncbn.absence import absence
+from syncbn.agreement import HEADER_SIZE, Exchange, disagreement, read_header
+from syncbn.errors import RanksDisagree
+
 _REPLICATED_WORLD_SIZE = 8
-_REPLICATED_BYTES = 1 << 20
+_REPLICATED_VALUES = 1 << 17  # a megabyte of doubles, over all ranks
 
 
 def peers(process_group: ProcessGroup | None) -> ProcessGroup | None:
@@ -27,47 +40,113 @@ def peers(process_group: ProcessGroup | None) -> ProcessGroup | None:
     return process_group if process_group is not None else dist.group.WORLD
 
 
-def sum_over_ranks(vector: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    """The sum of every rank's ``vector``; itself without a group. All ranks must call, with the same size.
+def sum_over_ranks(vector: Tensor, process_group: ProcessGroup | None, exchange: Exchange | None = None) -> Tensor:
+    """The sum of every rank's ``vector`` (float64); itself without a group. All ranks must call, with equal sizes.
 
     Cost: one collective. Over gloo, what bounds a small exchange is the number of messages in a row, and a ring
     all-reduce has ``2 (W - 1)``: up to 8 ranks it is faster to send the vector to all at once and add up here, in
-    the order of ranks. May overwrite ``vector``.
+    the order of ranks. Beyond, or beyond a megabyte, gloo needs one message more, for the agreement. May overwrite
+    ``vector``.
+    Raises: RanksDisagree on every rank, if they do not all mean the same ``exchange`` (gloo only: elsewhere it would
+        cost a wait for the device). RanksMissing if a rank does not come within the group's timeout.
     """
     if process_group is None:
         return vector
-    if _is_replicated(vector, process_group):
-        return _replicate(vector, process_group).sum(0)
-    dist.all_reduce(vector, group=process_group)
-    return vector
+    exchange = exchange or Exchange("sum", num_values=vector.numel())
+    if torch.compiler.is_compiling():
+        total: Tensor = _opaque_sum(vector, process_group.group_name, *exchange.as_arguments())
+        return total
+    return _sum(vector, process_group, exchange)
 
 
-def gather_over_ranks(vector: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    """Every rank's ``vector`` of ``K`` values as the rows of ``(W, K)``; all ranks must call, with the same size.
+def gather_over_ranks(vector: Tensor, process_group: ProcessGroup | None, exchange: Exchange | None = None) -> Tensor:
+    """Every rank's ``vector`` of ``K`` doubles as the rows of ``(W, K)``; all ranks must call, with equal sizes.
 
-    Cost: one collective.
+    Cost and Raises: as `sum_over_ranks`.
     """
     if process_group is None:
         return vector.unsqueeze(0)
-    if _is_replicated(vector, process_group):
-        return _replicate(vector, process_group)
-    rows = [torch.empty_like(vector) for _ in range(process_group.size())]
-    dist.all_gather(rows, vector, group=process_group)
-    return torch.stack(rows)
+    exchange = exchange or Exchange("gather", num_values=vector.numel())
+    with _naming_the_missing(process_group, exchange):
+        rows = _agreed_rows(vector, process_group, exchange)
+        if rows is not None:
+            return rows
+        gathered = [torch.empty_like(vector) for _ in range(process_group.size())]
+        dist.all_gather(gathered, vector, group=process_group)
+        return torch.stack(gathered)
 
 
-def _is_replicated(vector: Tensor, process_group: ProcessGroup) -> bool:
-    world_size = process_group.size()
-    return (
-        vector.device.type == "cpu"
-        and world_size <= _REPLICATED_WORLD_SIZE
-        and world_size * vector.nbytes <= _REPLICATED_BYTES
-        and dist.get_backend(process_group) == "gloo"
-    )
+def _sum(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor:
+    with _naming_the_missing(process_group, exchange):
+        rows = _agreed_rows(vector, process_group, exchange)
+        if rows is not None:
+            return rows.sum(0)
+        dist.all_reduce(vector, group=process_group)
+        return vector
 
 
-def _replicate(vector: Tensor, process_group: ProcessGroup) -> Tensor:
-    copies = vector.repeat(process_group.size(), 1)  # (W, K)
-    received = torch.empty_like(copies)
-    dist.all_to_all_single(received, copies, group=process_group)
+@torch.library.custom_op("syncbn::sum_over_ranks", mutates_args=())
+def _opaque_sum(
+    vector: Tensor, group_name: str, purpose: str, layer: str, num_channels: int, dtype: torch.dtype | None, num: int
+) -> Tensor:
+    """`_sum` as one node of a compiled graph: it looks at values, and torch's own collectives there cost double."""
+    process_group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined,arg-type]
+    return _sum(vector.clone(), process_group, Exchange(purpose, layer, num_channels, dtype, num))
+
+
+@_opaque_sum.register_fake
+def _(vector: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(vector)
+
+
+@contextmanager
+def _naming_the_missing(process_group: ProcessGroup, exchange: Exchange) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    except RanksDisagree:
+        raise
+    except RuntimeError as error:  # torch has no class of its own for what gloo raises
+        raise absence(process_group, exchange, time.monotonic() - start, error) from error
+
+
+def _agreed_rows(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor | None:
+    """Over gloo, every rank's vector as the rows of ``(W, K)``; None where they are still to be sent.
+
+    Raises RanksDisagree where there are headers and they differ.
+    """
+    if f"{vector.device.type}:gloo" not in dist.get_backend_config(process_group):
+        return None
+    assert vector.dtype == torch.float64
+    world_size, rank = process_group.size(), process_group.rank()
+    room = _REPLICATED_VALUES // world_size if world_size <= _REPLICATED_WORLD_SIZE else 0
+    fits = vector.device.type == "cpu" and vector.numel() <= room
+    header = exchange.header()
+    message = torch.cat([header, vector]) if fits else header
+    received = _send_to_all(message, HEADER_SIZE + room, process_group)  # (W - 1, HEADER_SIZE + room)
+    headers = received[:, :HEADER_SIZE]
+    if not torch.equal(headers, header.expand_as(headers)):
+        _refuse(headers, process_group, exchange)
+    if not fits:
+        return None
+    others = received[:, HEADER_SIZE : message.numel()]
+    return torch.cat([others[:rank], vector.unsqueeze(0), others[rank:]])
+
+
+def _send_to_all(message: Tensor, room: int, process_group: ProcessGroup) -> Tensor:
+    """What the other ranks sent, in their order, as rows of ``room`` values that may be longer than the messages."""
+    num_peers, rank = process_group.size() - 1, process_group.rank()
+    copies = message if num_peers == 1 else message.repeat(num_peers)
+    sent, expected = [message.numel()] * num_peers, [room] * num_peers
+    for sizes in (sent, expected):
+        sizes.insert(rank, 0)
+    received = message.new_empty(num_peers, room)
+    # The group's own method: the public function around it costs more than all that is done here.
+    process_group.alltoall_base(received.view(-1), copies, expected, sent).wait()
     return received
+
+
+def _refuse(headers: Tensor, process_group: ProcessGroup, exchange: Exchange) -> None:
+    texts = [read_header(header) for header in headers]
+    texts.insert(process_group.rank(), read_header(exchange.header()))
+    raise disagreement(exchange, dict(zip(dist.get_process_group_ranks(process_group), texts, strict=True)))

@@ -8,10 +8,15 @@ from torch import Tensor
 from torch.distributed import get_world_size
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from syncbn.agreement import HEADER_SIZE
+
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of this rank: its operator, and how many values of which type go to each rank."""
+    """One collective of this rank: its operator, and how many values of which type go to each rank.
+
+    The header at the front of a message is not counted; a message of nothing else has 0 values.
+    """
 
     operator: str
     num_values: int
@@ -36,9 +41,15 @@ class CollectiveLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _describe(func: Any, args: tuple[Any, ...]) -> Collective:
     name = func._schema.name.removeprefix("c10d::")
+    if name == "alltoall_base_":
+        sent: Tensor = args[1]
+        return Collective(name, sent.numel() // (get_world_size() - 1) - HEADER_SIZE, _dtype(sent))
     tensor = _first_tensor(args)
-    replicas = get_world_size() if name == "alltoall_base_" else 1
-    return Collective(name, tensor.numel() // replicas, str(tensor.dtype).removeprefix("torch."))
+    return Collective(name, tensor.numel(), _dtype(tensor))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _first_tensor(args: Any) -> Tensor:

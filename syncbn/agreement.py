@@ -1,0 +1,97 @@
+"""Agreement: every exchange opens with what the rank believes it is, so that a difference is an error that says so."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from syncbn.errors import RanksDisagree
+
+HEADER_SIZE = 32
+"""Doubles at the front of a message: room for 256 bytes of text."""
+
+_NUM_BYTES = HEADER_SIZE * 8
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a rank means to exchange. Equal on all ranks, or the exchange is refused."""
+
+    purpose: str
+    """Such as ``forward`` or ``backward``."""
+    layer: str = ""
+    """Path of the layer in its model; "" if it has none."""
+    num_channels: int = 0
+    """Of the layer; 0 where no single layer is meant."""
+    dtype: torch.dtype | None = None
+    """Type of the layer's input."""
+    num_values: int = 0
+    """Of the vector, where it is not the layer that tells."""
+
+    def __str__(self) -> str:
+        if not self.num_channels:
+            return f"{self.purpose} ({self.num_values} values)"
+        layer = self.layer or "a SyncBatchNorm without a name"
+        return f"{self.purpose} of {layer} ({self.num_channels} channels, {self.dtype})"
+
+    def as_arguments(self) -> tuple[str, str, int, torch.dtype | None, int]:
+        """The fields, in their order."""
+        return self.purpose, self.layer, self.num_channels, self.dtype, self.num_values
+
+    def header(self) -> Tensor:
+        """The text as ``(HEADER_SIZE,)`` doubles, bit for bit.
+
+        UTF-8 text makes neither NaN nor zero of a double, so that equal doubles are equal texts.
+        """
+        return torch.frombuffer(bytearray(_fitted(str(self)).ljust(_NUM_BYTES)), dtype=torch.float64)
+
+
+def read_header(header: Tensor) -> str:
+    """The text of a header, or of whatever came in its place."""
+    text = bytes(header.contiguous().view(torch.uint8).tolist()).decode(errors="replace").rstrip()
+    return text if text.isprintable() else "something that is no exchange of a SyncBatchNorm"
+
+
+def disagreement(exchange: Exchange, texts: Mapping[int, str]) -> RanksDisagree:
+    """The error for this rank's ``exchange`` where the ranks came with these ``texts``."""
+    (_, most), *others = Counter(texts.values()).most_common()
+    is_majority = all(count < most for _, count in others)
+    usual = Counter(texts.values()).most_common(1)[0][0] if is_majority else None
+    differing = [rank for rank, text in texts.items() if text != usual]
+    return RanksDisagree(
+        f"the ranks do not mean the same exchange: {where_ranks_are(texts)}; every rank must run the same layers, "
+        f"built alike, in the same order and mode, forward and backward",
+        layer=exchange.layer,
+        ranks=differing,
+    )
+
+
+def where_ranks_are(texts: Mapping[int, str]) -> str:
+    """Such as ``rank 1 is at the forward of a; ranks 0 and 2 are at the forward of b``."""
+    by_text: dict[str, list[int]] = {}
+    for rank, text in sorted(texts.items()):
+        by_text.setdefault(text, []).append(rank)
+    return ", ".join(
+        f"{name_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} at the {text}" for text, ranks in by_text.items()
+    )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Such as ``rank 3`` or ``ranks 0, 1 and 2``."""
+    *most, last = map(str, ranks)
+    return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
+
+
+def _fitted(text: str) -> bytes:
+    """The text in at most `_NUM_BYTES` bytes; of a longer one both ends, with a checksum of all between."""
+    encoded = text.encode()
+    if len(encoded) <= _NUM_BYTES:
+        return encoded
+    middle = f"[{zlib.crc32(encoded):08x}]".encode()
+    end = (_NUM_BYTES - len(middle)) // 2
+    return encoded[:end] + middle + encoded[-end:]
