@@ -3,18 +3,23 @@
 from syncbn.batchnorm import SyncBatchNorm
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.drift import LayerDrift, log_var_ratio, mean_shift, measure_drift, output_error, rank_disagreement
+from syncbn.errors import ExchangeError, RanksDisagree, RanksMissing
 from syncbn.estimators import Estimator
 from syncbn.freezing import freeze, is_frozen, unfreeze
 from syncbn.functional import sync_batch_norm
 from syncbn.join import JoinableModel
 from syncbn.moments import BatchMoments
+from syncbn.naming import name_layers
 from syncbn.population import apply_statistics, population_statistics, using_statistics
 
 __all__ = [
     "BatchMoments",
     "Estimator",
+    "ExchangeError",
     "JoinableModel",
     "LayerDrift",
+    "RanksDisagree",
+    "RanksMissing",
     "SyncBatchNorm",
     "apply_statistics",
     "convert_sync_batchnorm",
@@ -23,6 +28,7 @@ __all__ = [
     "log_var_ratio",
     "mean_shift",
     "measure_drift",
+    "name_layers",
     "output_error",
     "population_statistics",
     "rank_disagreement",

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from threading import Thread
 
 import torch.distributed as dist
@@ -43,14 +42,15 @@ def absence(process_group: ProcessGroup, exchange: Exchange, waited_s: float, er
     Each rank leaves its account in the group's store and reads those of the others; a rank without is missing.
     """
     own = Account(str(exchange), waited_s, _num_collectives(process_group))
-    accounts = _exchange_accounts(process_group, own)
+    desk = _Desk(process_group, own)
     ranks = dist.get_process_group_ranks(process_group)
-    here = ranks[process_group.rank()]
-    by_rank = {rank: accounts[place] for place, rank in enumerate(ranks) if place in accounts}
-    missing = [rank for rank in ranks if rank not in by_rank]
-    accused = missing or _elsewhere(by_rank, own) or _late(by_rank)
+    accounts = {ranks[place]: account for place, account in desk.accounts().items()}
+    missing = [rank for rank in ranks if rank not in accounts]
+    accused = missing or _elsewhere(accounts, own) or _late(accounts)
+    silence = "" if desk.answered else " (the group's store does not answer; its host may be the one that is gone)"
+    accusation = _accusation(missing, accused, own, error)
     return RanksMissing(
-        f"{_accusation(missing, accused, own, error)}; {_whereabouts(by_rank, here)}; {_ADVICE} [{_words(error)}]",
+        f"{accusation}{silence}; {_whereabouts(accounts)}; {_ADVICE} [{_words(error)}]",
         layer=exchange.layer,
         ranks=accused,
     )
@@ -64,52 +64,57 @@ def _accusation(missing: list[int], accused: list[int], own: Account, error: Run
     return f"{name_ranks(accused)} did not come in time to the {own.text}"
 
 
-def _whereabouts(by_rank: Mapping[int, Account], here: int) -> str:
-    """Where those are that gave an account, and for how long they have been."""
-    places = where_ranks_are({rank: account.text for rank, account in by_rank.items()})
-    details = ", ".join(
-        f"rank {rank} {'(this one) ' if rank == here else ''}{account.waited_s:.1f} s in collective "
-        f"{account.num_collectives} of the group"
-        for rank, account in sorted(by_rank.items())
-    )
-    return f"{places}: {details}"
+def _whereabouts(accounts: Mapping[int, Account]) -> str:
+    """Where those are that gave an account, and for how long they had waited."""
+    places = where_ranks_are({rank: account.text for rank, account in accounts.items()})
+    return f"{places} ({', '.join(_wait(rank, account) for rank, account in sorted(accounts.items()))})"
 
 
-def _elsewhere(by_rank: Mapping[int, Account], own: Account) -> list[int]:
-    return [rank for rank, account in by_rank.items() if account.text != own.text]
+def _wait(rank: int, account: Account) -> str:
+    return f"rank {rank} waited {account.waited_s:.1f} s in collective {account.num_collectives} of the group"
 
 
-def _late(by_rank: Mapping[int, Account]) -> list[int]:
-    """Who came when another had waited half of its time and more."""
-    longest = max(account.waited_s for account in by_rank.values())
-    return [rank for rank, account in by_rank.items() if account.waited_s < longest / 2]
+def _elsewhere(accounts: Mapping[int, Account], own: Account) -> list[int]:
+    return [rank for rank, account in accounts.items() if account.text != own.text]
 
 
-def _exchange_accounts(process_group: ProcessGroup, own: Account) -> dict[int, Account]:
-    """Accounts by place in the group, this rank's included; those that could be had in time."""
-    accounts = {process_group.rank(): own}
-    # In a thread, because a store whose host is frozen answers never and has no timeout for that.
-    asking = Thread(target=_ask, args=(process_group, own, accounts), name="syncbn-accounts", daemon=True)
-    asking.start()
-    asking.join(ACCOUNTS_S)
-    return dict(accounts)
+def _late(accounts: Mapping[int, Account]) -> list[int]:
+    """Who came when another had waited half of its time or more."""
+    longest = max(account.waited_s for account in accounts.values())
+    return [rank for rank, account in accounts.items() if account.waited_s <= longest / 2]
 
 
-def _ask(process_group: ProcessGroup, own: Account, accounts: dict[int, Account]) -> None:
-    deadline = time.monotonic() + ACCOUNTS_S
-    try:
-        # A connection of our own: nothing else of this process waits behind a store that does not answer.
-        store: Store = process_group.get_group_store().clone()  # type: ignore[attr-defined]  # the stubs lag behind
-        store.set_timeout(timedelta(seconds=ACCOUNTS_S))
-        store.set(_key(process_group.rank()), json.dumps(asdict(own)))
-        others = [place for place in range(process_group.size()) if place not in accounts]
-        while others and time.monotonic() < deadline:
-            for place in [place for place in others if store.check([_key(place)])]:
-                accounts[place] = Account(**json.loads(store.get(_key(place))))
-                others.remove(place)
-            time.sleep(_POLL_S)
-    except RuntimeError:
-        return  # the store's host is gone too; what is known is what there is to say
+class _Desk:
+    """Where a rank leaves its account and finds those of others: the group's store, asked for `ACCOUNTS_S`."""
+
+    def __init__(self, process_group: ProcessGroup, own: Account) -> None:
+        self._process_group = process_group
+        self._own = own
+        self._accounts = {process_group.rank(): own}
+        self.answered = False
+
+    def accounts(self) -> dict[int, Account]:
+        """Accounts by place in the group, this rank's included; those that could be had in time."""
+        # In a thread, because a store whose host is frozen never answers and has no timeout for that.
+        asking = Thread(target=self._ask, name="syncbn-accounts", daemon=True)
+        asking.start()
+        asking.join(ACCOUNTS_S)
+        return dict(self._accounts)
+
+    def _ask(self) -> None:
+        deadline = time.monotonic() + ACCOUNTS_S
+        try:
+            # A connection of its own: nothing else of this process waits behind a store that does not answer.
+            store: Store = self._process_group.get_group_store().clone()  # type: ignore[attr-defined]
+            store.set(_key(self._process_group.rank()), json.dumps(asdict(self._own)))
+            while len(self._accounts) < self._process_group.size() and time.monotonic() < deadline:
+                for place in range(self._process_group.size()):
+                    if place not in self._accounts and store.check([_key(place)]):
+                        self._accounts[place] = Account(**json.loads(store.get(_key(place))))
+                self.answered = True
+                time.sleep(_POLL_S)
+        except RuntimeError:
+            return  # the store's host is gone too; what is known is what there is to say
 
 
 def _num_collectives(process_group: ProcessGroup) -> int:

@@ -36,8 +36,8 @@ class Exchange:
     def __str__(self) -> str:
         if not self.num_channels:
             return f"{self.purpose} ({self.num_values} values)"
-        layer = self.layer or "a SyncBatchNorm without a name"
-        return f"{self.purpose} of {layer} ({self.num_channels} channels, {self.dtype})"
+        layer = f"'{self.layer}'" if self.layer else "a layer without a name"
+        return f"{self.purpose} of {layer} ({self.num_channels} channels, {_name_of(self.dtype)})"
 
     def as_arguments(self) -> tuple[str, str, int, torch.dtype | None, int]:
         """The fields, in their order."""
@@ -59,9 +59,7 @@ def read_header(header: Tensor) -> str:
 
 def disagreement(exchange: Exchange, texts: Mapping[int, str]) -> RanksDisagree:
     """The error for this rank's ``exchange`` where the ranks came with these ``texts``."""
-    (_, most), *others = Counter(texts.values()).most_common()
-    is_majority = all(count < most for _, count in others)
-    usual = Counter(texts.values()).most_common(1)[0][0] if is_majority else None
+    usual = _majority(list(texts.values()))
     differing = [rank for rank, text in texts.items() if text != usual]
     return RanksDisagree(
         f"the ranks do not mean the same exchange: {where_ranks_are(texts)}; every rank must run the same layers, "
@@ -85,6 +83,16 @@ def name_ranks(ranks: Sequence[int]) -> str:
     """Such as ``rank 3`` or ``ranks 0, 1 and 2``."""
     *most, last = map(str, ranks)
     return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
+
+
+def _majority(texts: Sequence[str]) -> str | None:
+    """What more ranks have than anything else, if there is such."""
+    (text, most), *others = Counter(texts).most_common()
+    return text if all(count < most for _, count in others) else None
+
+
+def _name_of(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _fitted(text: str) -> bytes:

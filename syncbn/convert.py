@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from syncbn.batchnorm import SyncBatchNorm
+from syncbn.naming import name_layers
 
 _ORIGINAL_CLASS = "_original_class"
 _CONVERTIBLE_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
@@ -22,7 +23,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroup | None
     Layers are changed in place and stay the objects they are: parameters, buffers, hooks, flags, parametrizations
     and attributes are not touched, a layer in two places stays one, and an optimizer made before goes on. Converted
     are torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, and subclasses that inherit their forward. Layers that
-    synchronize already get ``process_group``; None leaves them the one they have.
+    synchronize already get ``process_group``; None leaves them the one they have. Each is named by its path in
+    ``module``, see `name_layers`.
 
     Raises:
         ValueError: naming the path of a BatchNorm with a forward of its own and of one that is still lazy, before
@@ -33,7 +35,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: ProcessGroup | None
         _check_convertible(path or "the module itself", layer)
     for layer in layers.values():
         _convert(layer, process_group)
-    return module
+    return name_layers(module)
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -73,6 +75,7 @@ def _convert(layer: _BatchNorm, process_group: ProcessGroup | None) -> None:
 def _revert(layer: SyncBatchNorm) -> None:
     original: type[_BatchNorm] | None = layer.__dict__.pop(_ORIGINAL_CLASS, None)
     num_dims = layer.__dict__.pop("_num_input_dims", None)
+    layer.__dict__.pop("layer_name", None)
     if original is None:
         original = _CLASS_BY_INPUT_DIMS.get(num_dims, nn.BatchNorm2d)
     if not issubclass(original, nn.SyncBatchNorm):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.agreement import Exchange
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import running_moments, tracked_layers
 from syncbn.moments import BatchMoments
@@ -89,7 +90,8 @@ def rank_disagreement(model: nn.Module, *, process_group: ProcessGroup | None = 
     if not layers or group is None:
         return dict.fromkeys(layers, 0.0)
     statistics = {path: torch.cat(running_moments(layer)) for path, layer in layers.items()}
-    rows = gather_over_ranks(torch.cat(list(statistics.values())), group)
+    vector = torch.cat(list(statistics.values()))
+    rows = gather_over_ranks(vector, group, Exchange("comparison of running statistics", num_values=vector.numel()))
     parts = torch.split(rows, [vector.numel() for vector in statistics.values()], dim=1)
     return {path: _disagreement(part, layers[path].eps) for path, part in zip(statistics, parts, strict=True)}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.agreement import Exchange
 from syncbn.estimators import Estimate, Estimator, estimate_for
 from syncbn.exchange import peers, sum_over_ranks
 from syncbn.kernels.aten import local_moments
@@ -145,7 +146,9 @@ class _Record:
         if process_group is None:
             return {path: self._estimates[path].result() for path in self._order}
         slots = [torch.cat([self._estimates[path].pack(), self._place(path)]) for path in self._layers]
-        total = sum_over_ranks(torch.cat(slots), process_group)
+        vector = torch.cat(slots)
+        exchange = Exchange("population statistics", num_values=vector.numel())
+        total = sum_over_ranks(vector, process_group, exchange)
         parts = dict(zip(self._layers, torch.split(total, [slot.numel() for slot in slots]), strict=True))
         places = {path: (part[-2] / part[-1]).item() for path, part in parts.items() if part[-1] > 0}
         return {path: self._estimates[path].unpack(parts[path][:-2]) for path in sorted(places, key=places.__getitem__)}
