@@ -110,10 +110,11 @@ class Branched(nn.Module):
 
 
 def _train_branched(options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    shards = [(x.split([4, 5])[dist.get_rank()], y.split([4, 5])[dist.get_rank()]) for x, y in _batches(9)]
+    rank = dist.get_rank()
+    shards = [(torch.split(x, [4, 5])[rank], torch.split(y, [4, 5])[rank]) for x, y in _batches(9)]
     model = convert_sync_batchnorm(Branched())
     if not ({"find_unused_parameters", "static_graph"} & options.keys()):
-        model.idle.requires_grad_(False)  # type: ignore[union-attr]  # else the wrapper waits for its gradients
+        model.idle.requires_grad_(False)  # else the wrapper waits for its gradients
     _train(DistributedDataParallel(model, **options), shards, 2 / 9)
     return model.state_dict(), rank_disagreement(model)
 
