@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.exchange import peers
-from syncbn.functional import sync_batch_norm
+from syncbn.functional import batch_norm_over, zero_where_masked
+from syncbn.recomputation import is_recomputing
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -19,7 +21,7 @@ class SyncBatchNorm(_BatchNorm):
 
     In training each rank's batch is normalized by the mean and variance of all ranks' batches together, so that W
     ranks compute what one process would with the joined batch. In evaluation, and where a process has no peers,
-    it is torch's BatchNorm.
+    it is torch's BatchNorm, plus masks, empty batches and checkpointing.
 
     Shape: ``(N, C, *) -> (N, C, *)``, 2-d to 5-d; ``N`` and ``*`` may differ by rank and ``N`` may be 0.
     Units: ``running_mean`` as the input; ``running_var`` squared, unbiased over the global batch
@@ -27,10 +29,16 @@ class SyncBatchNorm(_BatchNorm):
         DistributedDataParallel need not broadcast buffers.
     Cost: in training one exchange of ``2C + 1`` doubles forward and one of ``2C`` backward; all ranks must call.
         In evaluation none, also where running statistics are not tracked.
-    Gradients: those of ``weight`` and ``bias`` are the rank's own sums, which DistributedDataParallel averages.
+    Gradients: those of ``weight`` and ``bias`` are the rank's own sums, which DistributedDataParallel averages. All
+        may be differentiated again.
+    Masking: ``layer(input, mask)`` counts only positions where the boolean ``mask``, ``(N, *)`` or ``(N,)``, is True,
+        in training and evaluation; its output is zero elsewhere. For lengths of padded sequences it is
+        ``torch.arange(input.size(2)) < lengths[:, None]``.
+    Checkpointing: a recomputation inside a backward pass counts for nothing and, unless it is reentrant or nested,
+        communicates nothing.
     Raises: ValueError if the input has not ``num_features`` channels, or if the ranks together hold
-        fewer than two values per channel; judged after the exchange, so that every rank raises. Where no rank
-        holds any value, nothing is raised and the statistics stay.
+        only one value per channel; judged after the exchange, so that every rank raises. Where no rank
+        holds any value, nothing is raised and the statistics stay. See `sync_batch_norm` for compiled code.
     Source: Ioffe and Szegedy 2015, Algorithms 1 and 2.
 
     Args:
@@ -43,6 +51,9 @@ class SyncBatchNorm(_BatchNorm):
         device: where parameters and buffers are made.
         dtype: type of parameters and buffers; half-precision inputs want them in float32.
     """
+
+    layer_name = ""
+    """Path in the model (`name_layers`), which errors name and all ranks must share."""
 
     def __init__(
         self,
@@ -66,24 +77,38 @@ class SyncBatchNorm(_BatchNorm):
 
         return convert_sync_batchnorm(module, process_group)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input``; see the class."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``input``, where ``mask`` is True if there is one; see the class."""
         self._check_input_dim(input)
         self._num_input_dims = input.dim()
-        if not self.training or peers(self.process_group) is None:
-            return super().forward(input)
-        tracked = self.track_running_stats
-        return sync_batch_norm(
+        group = peers(self.process_group) if self.training else None
+        if group is not None or mask is not None or (self.training and input.numel() == 0):
+            return self._forward_beyond_torch(group, input, mask)
+        if self.training and is_recomputing():  # what this recomputes has been counted
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return super().forward(input)
+
+    def _forward_beyond_torch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
+        if self.training or self.running_mean is None:
+            return self._normalize_by_batch(group, input, mask)
+        assert mask is not None
+        return zero_where_masked(super().forward(zero_where_masked(input, mask)), mask)
+
+    def _normalize_by_batch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
+        tracked = self.training and self.track_running_stats
+        return batch_norm_over(
+            group,
             input,
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
             self.weight,
             self.bias,
-            num_batches_tracked=self.num_batches_tracked,
+            mask,
+            self.num_batches_tracked,
             # Without tracking nothing is averaged, and momentum=None asks for a count of batches.
-            momentum=self.momentum if tracked else 0.0,
-            eps=self.eps,
-            process_group=self.process_group,
+            self.momentum if tracked else 0.0,
+            self.eps,
+            self.layer_name,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

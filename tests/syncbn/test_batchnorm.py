@@ -260,16 +260,3 @@ def _copy_with_group() -> bool:
     assert copied.weight is not layer.weight
     copied(torch.randn(2, 2))
     return copied.process_group is layer.process_group
-
-
-def test_a_gradient_of_a_gradient_is_refused() -> None:
-    assert all("once_differentiable" in message for message in run_ranks(2, _differentiate_twice))
-
-
-def _differentiate_twice() -> str:
-    x = torch.randn(3, 2, requires_grad=True)
-    y = SyncBatchNorm(2)(x)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError) as error:
-        torch.autograd.backward(grad.sum())
-    return str(error.value)

@@ -1,7 +1,6 @@
 """Layers that are wrong in ways that have shipped elsewhere; the yardstick must reject each of them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -9,29 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.syncbn.joined import Case, check_equals_joined
+from tests.syncbn.summed import summed
 
 UNEVEN = Case((6, 2))
-
-
-class _Summed(torch.autograd.Function):
-    """A sum over ranks whose gradient is the sum over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def summed(values: Tensor) -> Tensor:
-    total: Tensor = _Summed.apply(values)  # type: ignore[no-untyped-call]
-    return total
 
 
 class Composed(nn.BatchNorm2d):
