@@ -84,9 +84,18 @@ class SyncBatchNorm(_BatchNorm):
         group = peers(self.process_group) if self.training else None
         if group is not None or mask is not None or (self.training and input.numel() == 0):
             return self._forward_beyond_torch(group, input, mask)
-        if self.training and is_recomputing():  # what this recomputes has been counted
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        if self.training and is_recomputing():
+            return self._forward_uncounted(input)
         return super().forward(input)
+
+    def _forward_uncounted(self, input: Tensor) -> Tensor:
+        """What torch's layer computes in training, leaving the buffers, which a first run has moved already.
+
+        Copies are passed in their stead: a recomputation must save as many tensors as the first run.
+        """
+        tracked = [self.running_mean, self.running_var] if self.track_running_stats else [None, None]
+        mean, var = (None if buffer is None else buffer.clone() for buffer in tracked)
+        return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
     def _forward_beyond_torch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
         if self.training or self.running_mean is None:
