@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,12 +44,14 @@ class Exchange:
         """The fields, in their order."""
         return self.purpose, self.layer, self.num_channels, self.dtype, self.num_values
 
-    def header(self) -> Tensor:
-        """The text as ``(HEADER_SIZE,)`` doubles, bit for bit.
 
-        UTF-8 text makes neither NaN nor zero of a double, so that equal doubles are equal texts.
-        """
-        return torch.frombuffer(bytearray(_fitted(str(self)).ljust(_NUM_BYTES)), dtype=torch.float64)
+@lru_cache(maxsize=4096)
+def header_of(exchange: Exchange) -> Tensor:
+    """The text of ``exchange`` as ``(HEADER_SIZE,)`` doubles, bit for bit; to be read only, for it is made once.
+
+    UTF-8 text makes neither NaN nor zero of a double, so that equal doubles are equal texts.
+    """
+    return torch.frombuffer(bytearray(_fitted(str(exchange)).ljust(_NUM_BYTES)), dtype=torch.float64)
 
 
 def read_header(header: Tensor) -> str:

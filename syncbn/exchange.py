@@ -6,8 +6,6 @@ message there is, whatever it sends itself.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from syncbn.absence import absence
-from syncbn.agreement import HEADER_SIZE, Exchange, disagreement, read_header
-from syncbn.errors import RanksDisagree
+from syncbn.agreement import HEADER_SIZE, Exchange, disagreement, header_of, read_header
+from syncbn.errors import RanksDisagree, RanksMissing
 
 _REPLICATED_WORLD_SIZE = 8
 _REPLICATED_VALUES = 1 << 17  # a megabyte of doubles, over all ranks
@@ -67,22 +65,34 @@ def gather_over_ranks(vector: Tensor, process_group: ProcessGroup | None, exchan
     if process_group is None:
         return vector.unsqueeze(0)
     exchange = exchange or Exchange("gather", num_values=vector.numel())
-    with _naming_the_missing(process_group, exchange):
-        rows = _agreed_rows(vector, process_group, exchange)
-        if rows is not None:
-            return rows
+    start = time.monotonic()
+    try:
+        others = _agreed_others(vector, process_group, exchange)
+        if others is not None:
+            return _with_own(others, vector, process_group)
         gathered = [torch.empty_like(vector) for _ in range(process_group.size())]
         dist.all_gather(gathered, vector, group=process_group)
         return torch.stack(gathered)
+    except RanksDisagree:
+        raise
+    except RuntimeError as error:
+        raise _explained(error, process_group, exchange, start) from error
 
 
 def _sum(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor:
-    with _naming_the_missing(process_group, exchange):
-        rows = _agreed_rows(vector, process_group, exchange)
-        if rows is not None:
-            return rows.sum(0)
-        dist.all_reduce(vector, group=process_group)
-        return vector
+    start = time.monotonic()
+    try:
+        others = _agreed_others(vector, process_group, exchange)
+        if others is None:
+            dist.all_reduce(vector, group=process_group)
+            return vector
+        if len(others) == 1:  # in either order the same bits
+            return others[0] + vector
+        return _with_own(others, vector, process_group).sum(0)
+    except RanksDisagree:
+        raise
+    except RuntimeError as error:
+        raise _explained(error, process_group, exchange, start) from error
 
 
 @torch.library.custom_op("syncbn::sum_over_ranks", mutates_args=())
@@ -99,37 +109,33 @@ def _(vector: Tensor, *_: object) -> Tensor:
     return torch.empty_like(vector)
 
 
-@contextmanager
-def _naming_the_missing(process_group: ProcessGroup, exchange: Exchange) -> Iterator[None]:
-    start = time.monotonic()
-    try:
-        yield
-    except RanksDisagree:
-        raise
-    except RuntimeError as error:  # torch has no class of its own for what gloo raises
-        raise absence(process_group, exchange, time.monotonic() - start, error) from error
+def _explained(error: RuntimeError, process_group: ProcessGroup, exchange: Exchange, start: float) -> RanksMissing:
+    """What torch, which has no class of its own for it, reports of an exchange that began at ``start``."""
+    return absence(process_group, exchange, time.monotonic() - start, error)
 
 
-def _agreed_rows(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor | None:
-    """Over gloo, every rank's vector as the rows of ``(W, K)``; None where they are still to be sent.
+def _agreed_others(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor | None:
+    """Over gloo, the other ranks' vectors as the rows of ``(W - 1, K)``; None where they are still to be sent.
 
     Raises RanksDisagree where there are headers and they differ.
     """
     if f"{vector.device.type}:gloo" not in dist.get_backend_config(process_group):
         return None
     assert vector.dtype == torch.float64
-    world_size, rank = process_group.size(), process_group.rank()
+    world_size = process_group.size()
     room = _REPLICATED_VALUES // world_size if world_size <= _REPLICATED_WORLD_SIZE else 0
     fits = vector.device.type == "cpu" and vector.numel() <= room
-    header = exchange.header()
+    header = header_of(exchange)
     message = torch.cat([header, vector]) if fits else header
     received = _send_to_all(message, HEADER_SIZE + room, process_group)  # (W - 1, HEADER_SIZE + room)
     headers = received[:, :HEADER_SIZE]
     if not torch.equal(headers, header.expand_as(headers)):
-        _refuse(headers, process_group, exchange)
-    if not fits:
-        return None
-    others = received[:, HEADER_SIZE : message.numel()]
+        raise _refusal(headers, process_group, exchange)
+    return received[:, HEADER_SIZE : message.numel()] if fits else None
+
+
+def _with_own(others: Tensor, vector: Tensor, process_group: ProcessGroup) -> Tensor:
+    rank = process_group.rank()
     return torch.cat([others[:rank], vector.unsqueeze(0), others[rank:]])
 
 
@@ -146,7 +152,7 @@ def _send_to_all(message: Tensor, room: int, process_group: ProcessGroup) -> Ten
     return received
 
 
-def _refuse(headers: Tensor, process_group: ProcessGroup, exchange: Exchange) -> None:
+def _refusal(headers: Tensor, process_group: ProcessGroup, exchange: Exchange) -> RanksDisagree:
     texts = [read_header(header) for header in headers]
-    texts.insert(process_group.rank(), read_header(exchange.header()))
-    raise disagreement(exchange, dict(zip(dist.get_process_group_ranks(process_group), texts, strict=True)))
+    texts.insert(process_group.rank(), read_header(header_of(exchange)))
+    return disagreement(exchange, dict(zip(dist.get_process_group_ranks(process_group), texts, strict=True)))
