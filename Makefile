@@ -18,7 +18,7 @@ demo: venv
 	$(BIN)/python -m service.demo $(if $(ONCE),--once) $(if $(DATA),--data $(DATA))
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: venv
 	$(BIN)/ruff check .

@@ -14,6 +14,13 @@ hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under ``pytest -n`` all tests that start Ray share one process: they share its heads, and are slow enough."""
+    for item in items:
+        if item.path.parts[-2] == "e2e" or item.path.parts[-3:-1] == ("service", "cluster"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRayHead]:
     """A local Ray head with 4 logical CPUs, started by the first test that asks and ended after the last."""

@@ -6,12 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.e2e.conftest import RunningService, small_spec
-
-pytestmark = pytest.mark.ray
-
 
 SYNCBN = str(Path(sys.executable).with_name("syncbn"))
 """The command as the package installs it."""

@@ -11,8 +11,6 @@ from service.cluster.head_record import read_record
 from service.jobs import Job, JobState, Phase, Reason
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 
-pytestmark = pytest.mark.ray
-
 
 def told_to_wait(client: Client, job_id: str) -> Job | None:
     """The job once it says that it waits for the cluster."""

@@ -13,8 +13,6 @@ from service.errors import Conflict, InvalidRequest
 from service.jobs import DriftColour, JobState, Normalization, Reason
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 
-pytestmark = pytest.mark.ray
-
 LONG = 1_000_000
 """More steps than any test waits for."""
 
@@ -120,7 +118,8 @@ def test_an_error_in_training_fails_the_job_with_its_words(client: Client, tmp_p
     job = client.submit(small_spec("broken data", max_steps=5, data=f"idx:{broken}"))
     done = wait_until_ended(client, job.id)
     assert (done.state, done.attempt, done.reason) == (JobState.FAILED, 1, Reason.TRAINING_ERROR)
-    assert "train-images-idx3-ubyte" in done.detail
+    assert str(broken) in done.detail
+    assert "train-labels-idx1-ubyte" in done.detail
 
 
 def test_a_loss_that_overflows_is_called_diverged(client: Client) -> None:

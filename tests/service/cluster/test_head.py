@@ -17,8 +17,6 @@ from service.cluster.head_record import HeadRecord, read_record
 from service.errors import ClusterUnreachable
 from tests.service.cluster.waiting import is_gone, wait_until
 
-pytestmark = pytest.mark.ray
-
 OWNER = """
 import sys, time
 from pathlib import Path

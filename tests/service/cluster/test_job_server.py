@@ -13,8 +13,6 @@ from service.scheduler.launcher import LaunchState, Observation
 from tests.service.cluster.receiver import receiving
 from tests.service.cluster.waiting import wait_until
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.mark.parametrize("token", [None, "0" * 64])
 def test_a_missing_or_wrong_token_is_told_from_a_broken_network(ray_head: LocalRayHead, token: str | None) -> None:

@@ -36,8 +36,6 @@ from service.scheduler.launcher import LaunchState
 from tests.service.cluster.receiver import Receiver, receiving
 from tests.service.cluster.waiting import is_gone, wait_until
 
-pytestmark = pytest.mark.ray
-
 STARTS_S = 60.0  # what a loaded machine may take to import torch in every rank
 
 
