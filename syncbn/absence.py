@@ -46,22 +46,20 @@ def absence(process_group: ProcessGroup, exchange: Exchange, waited_s: float, er
     ranks = dist.get_process_group_ranks(process_group)
     accounts = {ranks[place]: account for place, account in desk.accounts().items()}
     missing = [rank for rank in ranks if rank not in accounts]
-    accused = missing or _elsewhere(accounts, own) or _late(accounts)
     silence = "" if desk.answered else " (the group's store does not answer; its host may be the one that is gone)"
-    accusation = _accusation(missing, accused, own, error)
     return RanksMissing(
-        f"{accusation}{silence}; {_whereabouts(accounts)}; {_ADVICE} [{_words(error)}]",
+        f"{_accusation(missing, accounts, own, error)}{silence}; {_whereabouts(accounts)}; {_ADVICE} [{_words(error)}]",
         layer=exchange.layer,
-        ranks=accused,
+        ranks=missing or _late(accounts),
     )
 
 
-def _accusation(missing: list[int], accused: list[int], own: Account, error: RuntimeError) -> str:
+def _accusation(missing: list[int], accounts: Mapping[int, Account], own: Account, error: RuntimeError) -> str:
     if missing and _is_timeout(error):
         return f"{name_ranks(missing)} did not come within {own.waited_s:.1f} s to the {own.text}"
     if missing:
         return f"the connection was lost in the {own.text}, and {name_ranks(missing)} left no word"
-    return f"{name_ranks(accused)} did not come in time to the {own.text}"
+    return f"{name_ranks(_late(accounts))} did not come in time to the {_longest(accounts).text}"
 
 
 def _whereabouts(accounts: Mapping[int, Account]) -> str:
@@ -74,14 +72,19 @@ def _wait(rank: int, account: Account) -> str:
     return f"rank {rank} waited {account.waited_s:.1f} s in collective {account.num_collectives} of the group"
 
 
-def _elsewhere(accounts: Mapping[int, Account], own: Account) -> list[int]:
-    return [rank for rank, account in accounts.items() if account.text != own.text]
-
-
 def _late(accounts: Mapping[int, Account]) -> list[int]:
-    """Who came when another had waited half of its time or more."""
-    longest = max(account.waited_s for account in accounts.values())
-    return [rank for rank, account in accounts.items() if account.waited_s <= longest / 2]
+    """Who was elsewhere than the rank that had waited longest, or came when that had waited half of its time."""
+    longest = _longest(accounts)
+    return [
+        rank
+        for rank, account in sorted(accounts.items())
+        if account.text != longest.text or account.waited_s <= longest.waited_s / 2
+    ]
+
+
+def _longest(accounts: Mapping[int, Account]) -> Account:
+    """The account of the rank that had waited longest, the same on every rank."""
+    return max((account for _, account in sorted(accounts.items())), key=lambda account: account.waited_s)
 
 
 class _Desk:
@@ -128,7 +131,7 @@ def _key(place: int) -> str:
 
 def _is_timeout(error: RuntimeError) -> bool:
     words = str(error).lower()
-    return "timed out" in words or "timeout" in words
+    return ("timed out" in words or "timeout" in words) and "pair closure" not in words  # which is of an earlier wait
 
 
 def _words(error: RuntimeError) -> str:

@@ -10,7 +10,7 @@ import pickle
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, yet not marked as exported
 
 T = TypeVar("T")
+
+_LAST_WORDS_S = 1.0
 
 _PRELOAD = (
     "torch",
@@ -45,13 +47,16 @@ class RankFailed(Exception):
         super().__init__(f"rank {rank}: {text}")
 
 
-def run_ranks(world_size: int, fn: Callable[..., T], *args: Any, timeout_s: float = 60.0) -> list[T]:
+def run_ranks(
+    world_size: int, fn: Callable[..., T], *args: Any, timeout_s: float = 60.0, dying: Collection[int] = ()
+) -> list[T]:
     """What ``fn(*args)`` returns on each of ``world_size`` ranks, in the order of ranks.
 
     Every rank is a process of its own with the default process group of ``torch.distributed`` initialized (gloo,
     loopback, collectives limited to ``timeout_s``), one torch thread and warnings turned into errors;
     `torch.distributed.get_rank` tells ``fn`` who it is. ``fn`` must be importable (a function of a module, not a
-    closure), and arguments and results picklable.
+    closure), and arguments and results picklable. Ranks in ``dying`` are expected to die in it, and are left out of
+    the answers.
 
     Raises:
         RankFailed: naming the rank that first raised, died or was still running after ``timeout_s``.
@@ -63,7 +68,7 @@ def run_ranks(world_size: int, fn: Callable[..., T], *args: Any, timeout_s: floa
         for rank in range(world_size):
             ranks.append(_start(_Place(rank, world_size, store.port, timeout_s), task))
         # From here, because the first start waits for the fork server's own imports.
-        return _collect(ranks, deadline=time.monotonic() + timeout_s)
+        return _collect(ranks, time.monotonic() + timeout_s, dying)
     finally:
         _end(ranks)
 
@@ -91,6 +96,7 @@ class _Outcome:
     time: float
     result: Any = None
     failure: str | None = None
+    died: bool = False
 
 
 def _start(place: _Place, task: bytes) -> _Rank:
@@ -103,20 +109,29 @@ def _start(place: _Place, task: bytes) -> _Rank:
     return _Rank(process, receiver)
 
 
-def _collect(ranks: Sequence[_Rank], deadline: float) -> list[Any]:
-    """Every rank's result. Raises at the first failure, which others may follow: their peer is gone."""
+def _collect(ranks: Sequence[_Rank], deadline: float, dying: Collection[int]) -> list[Any]:
+    """Every other rank's result. Raises for the first failure, which others may follow: their peer is gone."""
     outcomes: dict[int, _Outcome] = {}
-    while len(outcomes) < len(ranks):
-        pending = {rank.answer: number for number, rank in enumerate(ranks) if number not in outcomes}
-        if not wait(list(pending), timeout=max(deadline - time.monotonic(), 0.0)):
-            late = ", ".join(map(str, pending.values()))
-            raise RankFailed(min(pending.values()), f"no answer in time; still running: {late}")
-        outcomes |= {number: _receive(ranks[number]) for answer, number in pending.items() if answer.poll()}
-        failures = [(outcome.time, number) for number, outcome in outcomes.items() if outcome.failure is not None]
-        if failures:
-            _, first = min(failures)
-            raise RankFailed(first, str(outcomes[first].failure))
-    return [outcomes[number].result for number in range(len(ranks))]
+    pending = dict(enumerate(ranks))
+    while pending and wait([rank.answer for rank in pending.values()], max(deadline - time.monotonic(), 0.0)):
+        outcomes |= {number: _receive(rank) for number, rank in pending.items() if rank.answer.poll()}
+        pending = {number: rank for number, rank in enumerate(ranks) if number not in outcomes}
+        if _failures(outcomes, dying):  # a rank that died may be heard of after those that it took along
+            deadline = min(deadline, time.monotonic() + _LAST_WORDS_S)
+    failures = _failures(outcomes, dying)
+    if failures:
+        _, first, text = min(failures)
+        raise RankFailed(first, text)
+    if pending:
+        raise RankFailed(min(pending), f"no answer in time; still running: {', '.join(map(str, pending))}")
+    return [outcomes[number].result for number in range(len(ranks)) if number not in dying]
+
+
+def _failures(outcomes: Mapping[int, _Outcome], dying: Collection[int]) -> list[tuple[float, int, str]]:
+    """When, on which rank, and what."""
+    texts = {rank: outcome.failure for rank, outcome in outcomes.items() if rank not in dying}
+    texts |= {rank: "did not die" for rank in dying if rank in outcomes and not outcomes[rank].died}
+    return [(outcomes[rank].time, rank, text) for rank, text in texts.items() if text is not None]
 
 
 def _receive(rank: _Rank) -> _Outcome:
@@ -125,7 +140,7 @@ def _receive(rank: _Rank) -> _Outcome:
     except EOFError:
         rank.process.join(timeout=5.0)
         # Time 0: whatever the others have to complain of comes from this death.
-        return _Outcome(0.0, failure=f"died without a word, exit code {rank.process.exitcode}")
+        return _Outcome(0.0, failure=f"died without a word, exit code {rank.process.exitcode}", died=True)
     assert isinstance(outcome, _Outcome)
     return outcome
 
