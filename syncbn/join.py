@@ -35,8 +35,9 @@ class JoinableModel(Joinable):
     Limits: every module must take a batch of no samples, and every BatchNorm that trains must be synchronized (a
         local one makes NaN of nothing). Each call is followed by its backward before the next call, unless gradients
         are disabled around it. The mode is the same on all ranks throughout the block; to evaluate inside it, call
-        ``model`` itself, which then exchanges nothing. What a loop exchanges outside ``model`` is not answered,
-        unless by ``after_backward``.
+        the plain module, without wrapper, which then exchanges nothing. What a loop exchanges outside ``model`` is
+        not answered, unless by ``after_backward``. A rank that raises inside the block leaves the others waiting
+        for it until their process group's timeout.
 
     Args:
         model: called as is, on whatever the object is called with.

@@ -40,7 +40,8 @@ def population_statistics(
     Each batch goes through ``model(input_of(batch))`` in evaluation mode, save that every BatchNorm that keeps
     running statistics, torch's or ours, normalizes by the batch's own, as in training. That is the rank's batch: a
     layer sees what it sees in training if the batches are of the size that all ranks have together in training.
-    Modes, buffers and counters are as before afterwards, whatever happens; `apply_statistics` writes the result.
+    Where a layer is called with a mask, what it masks does not count. Modes, buffers and counters are as before
+    afterwards, whatever happens; `apply_statistics` writes the result.
 
     Args:
         model: of any kind; of DistributedDataParallel the module inside is called.
@@ -137,7 +138,8 @@ class _Record:
     def _note(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._order.setdefault(path, len(self._order))
         values = args[0] if args else kwargs["input"]
-        self._estimates[path].add(local_moments(values))
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        self._estimates[path].add(local_moments(values, mask))
 
     def over_ranks(self, process_group: ProcessGroup | None) -> dict[str, BatchMoments]:
         """The estimates over all ranks, sorted by when the layers ran; joined by ranks that saw nothing as well."""

@@ -349,3 +349,40 @@ def test_applying_to_an_unknown_layer_is_refused_before_anything_is_written() ->
     with pytest.raises(ValueError, match=r"\['frist'\]; the model has \['first', 'idle', 'last'\]"):
         apply_statistics(model, population)
     assert torch.equal(model.state_dict()["first.running_var"], torch.ones(3))
+
+
+class Padded(nn.Module):
+    """Tells its layer where the padding is, by position or by keyword."""
+
+    def __init__(self, by_keyword: bool) -> None:
+        super().__init__()
+        self.norm = SyncBatchNorm(NUM_CHANNELS)
+        self.by_keyword = by_keyword
+
+    def forward(self, x: Tensor) -> Tensor:
+        valid = x.isfinite().all(1)
+        output: Tensor = self.norm(x, mask=valid) if self.by_keyword else self.norm(x, valid)
+        return output
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+@pytest.mark.parametrize("estimator", Estimator)
+def test_what_is_masked_does_not_count(by_keyword: bool, estimator: Estimator) -> None:
+    images = [x.flatten(2) for x in _images()]
+    padded = [nn.functional.pad(x, (0, 2), value=torch.nan) for x in images]
+    population = population_statistics(Padded(by_keyword), padded, estimator=estimator)["norm"]
+    mean, var = _reckon(estimator, images, 0.1)
+    assert population.count == sum(BATCH_SIZES) * 6
+    np.testing.assert_allclose(population.mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(population.unbiased_var.numpy(), var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", Estimator)
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, SyncBatchNorm])
+def test_batches_without_samples_change_nothing(estimator: Estimator, kind: type[nn.BatchNorm2d]) -> None:
+    empty = torch.empty(0, NUM_CHANNELS, 2, 3)
+    batches = [empty, *_images()[:2], empty, *_images()[2:], empty]
+    population = population_statistics(kind(NUM_CHANNELS), batches, estimator=estimator)[""]
+    mean, var = _reckon(estimator, _images(), 0.1)
+    np.testing.assert_allclose(population.mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(population.unbiased_var.numpy(), var, rtol=1e-6)

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
+from tests.ranks import run_ranks
 
 SHAPES: list[tuple[type[nn.Module], tuple[int, ...]]] = [
     (nn.BatchNorm1d, (6, 4)),
@@ -99,6 +102,22 @@ def test_a_copy_computes_the_same_and_of_a_deep_one_nothing_is_shared(copied: st
     _assert_equal(replica.state_dict(), layer.state_dict())
     for theirs, ours in zip(replica.state_dict().values(), layer.state_dict().values(), strict=True):
         assert (theirs.data_ptr() == ours.data_ptr()) is (copied == "copy")
+
+
+def test_a_layer_with_a_group_of_its_own_is_copied_with_it_but_not_pickled() -> None:
+    """As torch's; what it learned is in its state dict."""
+    assert run_ranks(2, _copy_with_group) == ["cannot pickle 'torch._C._distributed_c10d.ProcessGroup' object"] * 2
+
+
+def _copy_with_group() -> str:
+    group = dist.new_group([0, 1])
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2), weight_norm(nn.BatchNorm1d(2))), group)
+    for replica in (copy.deepcopy(model), copy.copy(model)):
+        assert all(layer.process_group is group for layer in replica)  # type: ignore[attr-defined]
+    SyncBatchNorm(2, process_group=group).load_state_dict(model[0].state_dict())  # type: ignore[index]
+    with pytest.raises(TypeError) as error:
+        pickle.dumps(model[0])  # type: ignore[index]
+    return str(error.value)
 
 
 def _copied(layer: nn.Module, how: str) -> nn.Module:
