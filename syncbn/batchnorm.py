@@ -80,9 +80,10 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input``, where ``mask`` is True if there is one; see the class."""
         self._check_input_dim(input)
-        self._num_input_dims = input.dim()
+        if not torch.compiler.is_compiling():  # an exported program may have no side effects
+            self._num_input_dims = input.dim()
         group = peers(self.process_group) if self.training else None
-        if group is not None or mask is not None or (self.training and input.numel() == 0):
+        if group is not None or mask is not None or (self.training and self._is_beyond_torch(input)):
             return self._forward_beyond_torch(group, input, mask)
         if self.training and is_recomputing():
             return self._forward_uncounted(input)
@@ -96,6 +97,10 @@ class SyncBatchNorm(_BatchNorm):
         tracked = [self.running_mean, self.running_var] if self.track_running_stats else [None, None]
         mean, var = (None if buffer is None else buffer.clone() for buffer in tracked)
         return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)
+
+    def _is_beyond_torch(self, input: Tensor) -> bool:
+        """Whether torch's layer would make NaN of the batch, or could not be compiled whole."""
+        return input.numel() == 0 or (self.momentum is None and torch.compiler.is_compiling())
 
     def _forward_beyond_torch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
         if self.training or self.running_mean is None:

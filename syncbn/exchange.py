@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.effects import EffectType
 from torch.distributed import ProcessGroup
 
 from syncbn.absence import absence
@@ -102,6 +103,10 @@ def _opaque_sum(
     """`_sum` as one node of a compiled graph: it looks at values, and torch's own collectives there cost double."""
     process_group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined,arg-type]
     return _sum(vector.clone(), process_group, Exchange(purpose, layer, num_channels, dtype, num))
+
+
+# An empty rank has no use for the sum, yet the others wait for it; and all ranks must keep to one order.
+_opaque_sum.register_effect(EffectType.ORDERED)
 
 
 @_opaque_sum.register_fake
