@@ -58,12 +58,23 @@ def _train(model: nn.Module, num_steps: int = 3) -> None:
 
 def test_training_moves_everything_but_the_frozen_layers() -> None:
     model = _model()
-    model(torch.randn(5, 3)).sum().backward()  # gradients at hand do not move them either
     before = copy.deepcopy(model.state_dict())
     assert freeze(model) is model
     _train(model)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"0.weight", "0.bias", "4.weight", "4.bias"}
+
+
+def test_a_gradient_at_hand_when_a_layer_is_frozen_moves_it_no_more() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    freeze(model)
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"0.weight", "4.weight", "4.bias"} <= moved  # a bias before a BatchNorm has a gradient of about zero
+    assert not any(name.startswith(("1.", "2.", "3.")) for name in moved)
 
 
 def test_in_every_mode_a_frozen_layer_computes_what_it_computes_in_evaluation() -> None:

@@ -172,6 +172,40 @@ def _statistics_of_rank(num_batches: tuple[int, ...]) -> tuple[dict[str, Tensor]
     return model.state_dict(), sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
 
 
+def test_forward_passes_without_gradients_are_answered_without() -> None:
+    expected = _model()
+    optimizer = _optimizer(expected)
+    for step, (x, labels) in enumerate(_batches(0, 4)):
+        with torch.set_grad_enabled(step % 2 == 1):
+            output = expected(x)
+        if step % 2 == 1:
+            torch.autograd.backward(_loss(output, labels) / 2)
+            optimizer.step()
+            optimizer.zero_grad()
+    for state, gradients in run_ranks(2, _train_every_second_batch):
+        _assert_close(state, expected.state_dict())
+        assert gradients == [False, True, False, True]
+
+
+def _train_every_second_batch() -> tuple[dict[str, Tensor], list[bool]]:
+    """Rank 0 alone has batches."""
+    model = DistributedDataParallel(convert_sync_batchnorm(_model()))
+    gradients: list[bool] = []
+    model.module.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    optimizer = _optimizer(model)
+    joinable = JoinableModel(model, EMPTY, after_backward=optimizer.step)
+    with Join([joinable]):
+        for step, (x, labels) in enumerate(_batches(0, 4) if dist.get_rank() == 0 else []):
+            optimizer.zero_grad()
+            with torch.set_grad_enabled(step % 2 == 1):
+                output = joinable(x)
+            if step % 2 == 1:
+                torch.autograd.backward(_loss(output, labels))
+                optimizer.step()
+    state: dict[str, Tensor] = model.module.state_dict()
+    return state, gradients
+
+
 def test_another_joinable_may_stand_beside_it() -> None:
     states = run_ranks(2, _train_beside_a_sharded_optimizer)
     _assert_close(states[0], states[1])
