@@ -40,14 +40,18 @@ class RankFailure:
 def cause_of(exception_types: Sequence[str], text: str) -> Cause:
     """The cause of an exception with these class names (its own, its bases', its causes') and this text.
 
-    Torch raises plain RuntimeErrors when a collective fails; only their words tell what happened.
+    Torch raises plain RuntimeErrors when a collective fails; only their words tell what happened. The layers' own
+    error for it keeps those words, and says in which layer and whom it misses. Ranks that disagree are at fault
+    themselves, whatever the names of their layers sound like.
     """
+    if "RanksDisagree" in exception_types:
+        return Cause.RAISED
     if "RuntimeError" not in exception_types and "TimeoutError" not in exception_types:
         return Cause.RAISED
     lowered = text.lower()
     if any(word in lowered for word in _DISCONNECTED):
         return Cause.DISCONNECTED
-    if any(word in lowered for word in _TIMED_OUT):
+    if "RanksMissing" in exception_types or any(word in lowered for word in _TIMED_OUT):
         return Cause.TIMED_OUT
     return Cause.RAISED
 

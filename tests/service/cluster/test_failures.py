@@ -6,6 +6,8 @@ from service.cluster.failures import Cause, RankFailure, cause_of, judge, no_hea
 from service.jobs import Outcome, Reason
 
 RUNTIME = ["RuntimeError", "Exception"]
+MISSING = ["RanksMissing", "ExchangeError", *RUNTIME]
+DISAGREE = ["RanksDisagree", "ExchangeError", *RUNTIME]
 
 
 def failure(rank: int, cause: Cause, error: str = "words", exception: str = "") -> RankFailure:
@@ -26,6 +28,10 @@ def failure(rank: int, cause: Cause, error: str = "words", exception: str = "") 
         (RUNTIME, "RuntimeError: mat1 and mat2 shapes cannot be multiplied", Cause.RAISED),
         (["OutOfMemoryError", *RUNTIME], "CUDA out of memory", Cause.RAISED),
         (["OSError", "Exception"], "OSError: [Errno 32] Broken pipe", Cause.RAISED),
+        (MISSING, "rank 1 did not come within 30.0 s to the forward of 'bn1' [Timed out waiting]", Cause.TIMED_OUT),
+        (MISSING, "rank 1 did not come in time to the forward of 'bn1'", Cause.TIMED_OUT),
+        (MISSING, "the connection was lost in the forward of 'bn1' [Connection closed by peer]", Cause.DISCONNECTED),
+        (DISAGREE, "rank 1 is at the forward of 'timed out after'", Cause.RAISED),
     ],
 )  # fmt: skip
 def test_the_words_of_an_exception_tell_what_ended_the_rank(types: list[str], text: str, cause: Cause) -> None:
@@ -48,6 +54,20 @@ def test_the_first_root_cause_counts(failures: list[RankFailure], reason: Reason
     ended = judge(failures)
     assert (ended.outcome, ended.reason) == (Outcome.FAILED, reason)
     assert ended.detail.startswith(named)
+
+
+def test_a_collective_timeout_names_the_layer_in_which_a_rank_was_missed() -> None:
+    error = "RanksMissing: rank 1 did not come within 30.0 s to the forward of 'layer1.bn1'"
+    ended = judge([failure(0, Cause.TIMED_OUT, error, exception="RanksMissing")])
+    assert ended.reason is Reason.COLLECTIVE_TIMEOUT
+    assert "rank 1 did not come within 30.0 s to the forward of 'layer1.bn1'" in ended.detail
+
+
+def test_ranks_that_disagree_end_the_attempt_by_their_own_fault() -> None:
+    error = "RanksDisagree: rank 0 is at the forward of 'a', rank 1 is at the forward of 'b'"
+    ended = judge([failure(0, Cause.RAISED, error, exception="RanksDisagree")])
+    assert ended.reason is Reason.TRAINING_ERROR
+    assert "rank 1 is at the forward of 'b'" in ended.detail
 
 
 def test_a_collective_timeout_blames_the_silent_rank() -> None:
