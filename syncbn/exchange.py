@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from syncbn.absence import absence
 from syncbn.agreement import HEADER_SIZE, Exchange, disagreement, header_of, read_header
@@ -132,11 +132,15 @@ def _agreed_others(vector: Tensor, process_group: ProcessGroup, exchange: Exchan
     fits = vector.device.type == "cpu" and vector.numel() <= room
     header = header_of(exchange)
     message = torch.cat([header, vector]) if fits else header
-    received = _send_to_all(message, HEADER_SIZE + room, process_group)  # (W - 1, HEADER_SIZE + room)
-    headers = received[:, :HEADER_SIZE]
-    if not torch.equal(headers, header.expand_as(headers)):
+    received = vector.new_empty(world_size - 1, HEADER_SIZE + room, device="cpu")
+    work = _send_to_all(message, received, process_group)
+    # Views are made while the messages are on their way.
+    headers, others = received[:, :HEADER_SIZE], received[:, HEADER_SIZE : message.numel()]
+    expected = header.expand_as(headers)
+    work.wait()
+    if not torch.equal(headers, expected):
         raise _refusal(headers, process_group, exchange)
-    return received[:, HEADER_SIZE : message.numel()] if fits else None
+    return others if fits else None
 
 
 def _with_own(others: Tensor, vector: Tensor, process_group: ProcessGroup) -> Tensor:
@@ -144,17 +148,15 @@ def _with_own(others: Tensor, vector: Tensor, process_group: ProcessGroup) -> Te
     return torch.cat([others[:rank], vector.unsqueeze(0), others[rank:]])
 
 
-def _send_to_all(message: Tensor, room: int, process_group: ProcessGroup) -> Tensor:
-    """What the other ranks sent, in their order, as rows of ``room`` values that may be longer than the messages."""
-    num_peers, rank = process_group.size() - 1, process_group.rank()
+def _send_to_all(message: Tensor, received: Tensor, process_group: ProcessGroup) -> Work:
+    """Start to send ``message`` to all other ranks, and theirs, which may be shorter, to the rows of ``received``."""
+    num_peers, room = received.shape
     copies = message if num_peers == 1 else message.repeat(num_peers)
     sent, expected = [message.numel()] * num_peers, [room] * num_peers
     for sizes in (sent, expected):
-        sizes.insert(rank, 0)
-    received = message.new_empty(num_peers, room)
+        sizes.insert(process_group.rank(), 0)
     # The group's own method: the public function around it costs more than all that is done here.
-    process_group.alltoall_base(received.view(-1), copies, expected, sent).wait()
-    return received
+    return process_group.alltoall_base(received.view(-1), copies, expected, sent)
 
 
 def _refusal(headers: Tensor, process_group: ProcessGroup, exchange: Exchange) -> RanksDisagree:
