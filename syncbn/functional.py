@@ -74,7 +74,9 @@ def batch_norm_over(
         input = zero_where_masked(input, mask)
     known = recomputation.recall()
     output: Tensor
-    output, *moments = _SyncBatchNorm.apply(input, mask, weight, bias, eps, group, layer, known)  # type: ignore[no-untyped-call]
+    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _SyncBatchNorm if is_transformed else _EagerSyncBatchNorm
+    output, *moments = function.apply(input, mask, weight, bias, eps, group, layer, known)  # type: ignore[no-untyped-call]
     batch = BatchMoments(*moments)
     if known is None:
         recomputation.remember(batch)
@@ -166,6 +168,18 @@ class _SyncBatchNorm(torch.autograd.Function):
         grad_weight = sum_dy_xhat.to(weight.dtype) if ctx.needs_input_grad[2] else None
         grad_bias = sum_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
         return grad_input, None, grad_weight, grad_bias, None, None, None, None
+
+
+class _EagerSyncBatchNorm(torch.autograd.Function):
+    """The same with a context from the start: `torch.func` cannot take this form, small layers want its lower cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _SyncBatchNorm.forward(*inputs)
+        _SyncBatchNorm.setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_SyncBatchNorm.backward)
 
 
 def _to(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
