@@ -11,6 +11,7 @@ from syncbn.join import JoinableModel
 from syncbn.moments import BatchMoments
 from syncbn.naming import name_layers
 from syncbn.population import apply_statistics, population_statistics, using_statistics
+from syncbn.preflight import check_agreement
 
 __all__ = [
     "BatchMoments",
@@ -22,6 +23,7 @@ __all__ = [
     "RanksMissing",
     "SyncBatchNorm",
     "apply_statistics",
+    "check_agreement",
     "convert_sync_batchnorm",
     "freeze",
     "is_frozen",

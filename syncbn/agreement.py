@@ -36,7 +36,7 @@ class Exchange:
 
     def __str__(self) -> str:
         if not self.num_channels:
-            return f"{self.purpose} ({self.num_values} values)"
+            return f"{self.purpose} ({self.num_values} values)" if self.num_values else self.purpose
         layer = f"'{self.layer}'" if self.layer else "a layer without a name"
         return f"{self.purpose} of {layer} ({self.num_channels} channels, {_name_of(self.dtype)})"
 

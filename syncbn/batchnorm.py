@@ -39,6 +39,9 @@ class SyncBatchNorm(_BatchNorm):
     Raises: ValueError if the input has not ``num_features`` channels, or if the ranks together hold
         only one value per channel; judged after the exchange, so that every rank raises. Where no rank
         holds any value, nothing is raised and the statistics stay. See `sync_batch_norm` for compiled code.
+        RanksDisagree on every rank, if they do not come with the same layer, direction, number of channels and type
+        of input (over gloo; see `check_agreement` for NCCL). RanksMissing if a rank does not come within the
+        process group's timeout.
     Source: Ioffe and Szegedy 2015, Algorithms 1 and 2.
 
     Args:

@@ -18,6 +18,7 @@ def test_the_public_names_are_these() -> None:
         "RanksMissing",
         "SyncBatchNorm",
         "apply_statistics",
+        "check_agreement",
         "convert_sync_batchnorm",
         "freeze",
         "is_frozen",
