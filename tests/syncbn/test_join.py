@@ -172,6 +172,33 @@ def _statistics_of_rank(num_batches: tuple[int, ...]) -> tuple[dict[str, Tensor]
     return model.state_dict(), sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
 
 
+def test_a_subgroup_trains_by_itself() -> None:
+    expected = _train_joined((3, 1))
+    states = run_ranks(3, _train_in_a_subgroup)
+    assert states[0] is None
+    for state in states[1:]:
+        assert state is not None
+        _assert_close(state, expected)
+
+
+def _train_in_a_subgroup() -> dict[str, Tensor] | None:
+    """Ranks 1 and 2 have 3 batches and 1; rank 0 takes no part."""
+    group = dist.new_group([1, 2])
+    place = dist.get_rank() - 1
+    if place < 0:
+        return None
+    model = DistributedDataParallel(convert_sync_batchnorm(_model(), group), process_group=group)
+    optimizer = _optimizer(model)
+    joinable = JoinableModel(model, EMPTY, process_group=group)
+    with Join([joinable]):
+        for x, labels in _batches(place, (3, 1)[place]):
+            optimizer.zero_grad()
+            torch.autograd.backward(_loss(joinable(x), labels))
+            optimizer.step()
+    state: dict[str, Tensor] = model.module.state_dict()
+    return state
+
+
 def test_forward_passes_without_gradients_are_answered_without() -> None:
     expected = _model()
     optimizer = _optimizer(expected)
