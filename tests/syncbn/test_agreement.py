@@ -1,6 +1,7 @@
 """Ranks that mean different things by one exchange: each is told so, with layers and ranks, and can go on."""
 
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -87,6 +88,33 @@ def test_a_skipped_backward_is_told_to_every_rank() -> None:
         assert answer.error == "RanksDisagree"
         assert "rank 0 is at the backward of 'head' (6 channels, float32)" in answer.detail
         assert "rank 1 is at the forward of 'stem' (6 channels, float32)" in answer.detail
+
+
+def _other_channels_compiled() -> Told:
+    warnings.simplefilter("ignore", DeprecationWarning)  # the compiler itself uses what torch says is deprecated
+    mine = 6 + dist.get_rank()
+    model = torch.compile(two_layers(num_channels=mine), fullgraph=True, backend="aot_eager")
+    return told_by(lambda: model(batch(mine)))
+
+
+def test_compiled_layers_are_told_the_same() -> None:
+    told = run_ranks(2, _other_channels_compiled)
+    _check(told, "stem", (0, 1), "rank 1 is at the forward of 'stem' (7 channels, float32)")
+
+
+def _gradient_of_gradient_or_forward() -> Told:
+    model, x = two_layers(), batch()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    if dist.get_rank() == 1:
+        return told_by(lambda: model(batch()))
+    return told_by(gradient.square().sum().backward)
+
+
+def test_a_skipped_second_backward_is_told_to_every_rank() -> None:
+    again, forward = run_ranks(2, _gradient_of_gradient_or_forward)
+    assert again.ranks == forward.ranks == (0, 1)
+    assert again.detail == forward.detail
+    assert "rank 1 is at the forward of 'stem' (6 channels, float32)" in again.detail
 
 
 def _one_pair_disagrees() -> Told | Tensor:
