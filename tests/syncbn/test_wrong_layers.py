@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from syncbn import SyncBatchNorm
 from tests.syncbn.joined import Case, check_equals_joined
 from tests.syncbn.summed import summed
 
@@ -89,22 +91,39 @@ class UnitEps(Composed):
         return count, mean, (var.sqrt() + self.eps).square() - self.eps
 
 
-def _make(kind: type[Composed], case: Case) -> nn.Module:
+class RecomputedTwice(Composed):
+    """Counts the recomputation of activation checkpointing as another batch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = checkpoint(super().forward, input, use_reentrant=False)
+        return output
+
+
+class Recomputed(SyncBatchNorm):
+    """The layer under test, checkpointed likewise."""
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        output: Tensor = checkpoint(super().forward, input, use_reentrant=False)
+        return output
+
+
+def _make(kind: type[Composed] | type[Recomputed], case: Case) -> nn.Module:
     return kind(case.shape[0], dtype=case.dtype)
 
 
 class Factory:
     """Makes layers of one class; a function of a module would need one name for each."""
 
-    def __init__(self, kind: type[Composed]) -> None:
+    def __init__(self, kind: type[Composed] | type[Recomputed]) -> None:
         self.kind = kind
 
     def __call__(self, case: Case) -> nn.Module:
         return _make(self.kind, case)
 
 
-def test_the_composed_layer_passes() -> None:
-    check_equals_joined(UNEVEN, Factory(Composed))
+@pytest.mark.parametrize("kind", [Composed, Recomputed])
+def test_a_right_layer_passes(kind: type[Composed] | type[Recomputed]) -> None:
+    check_equals_joined(UNEVEN, Factory(kind))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +135,7 @@ def test_the_composed_layer_passes() -> None:
         (NoBackward, "input gradient is off"),
         (NotSynchronized, "output is off"),
         (UnitEps, "output is off"),
+        (RecomputedTwice, "running_mean is off"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
