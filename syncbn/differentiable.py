@@ -3,13 +3,17 @@
 Slower than the kernels, and used only where a gradient is asked for with ``create_graph=True`` or by `torch.func`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from syncbn.agreement import Exchange
 from syncbn.exchange import sum_over_ranks
+
+_FURTHER = "further backward"
 
 
 def differentiable_gradients(
@@ -22,6 +26,7 @@ def differentiable_gradients(
     eps: float,
     group: ProcessGroup | None,
     input_needs_grad: bool,
+    layer: str = "",
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of input, weight and bias; the input's is None where it needs none.
 
@@ -29,15 +34,16 @@ def differentiable_gradients(
     Cost: one exchange of ``2C`` doubles if ``input_needs_grad``, and two of ``2C`` to differentiate it.
     Source: Ioffe and Szegedy 2015, section 3.
     """
+    exchange = Exchange("backward", layer, input.size(1), input.dtype)
     dims = [dim for dim in range(input.dim()) if dim != 1]
     dy, x = grad_output.to(mean.dtype), input.to(mean.dtype)
-    mean, var = _GlobalMoments.apply(x, count, mean, var, group)  # type: ignore[no-untyped-call]
+    mean, var = _GlobalMoments.apply(x, count, mean, var, group, exchange)  # type: ignore[no-untyped-call]
     inverse_std = torch.rsqrt(var + eps)
     x_hat = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
     sum_dy, sum_dy_xhat = dy.sum(dims), (dy * x_hat).sum(dims)
     if not input_needs_grad:
         return None, sum_dy_xhat, sum_dy
-    mean_dy, mean_dy_xhat = _mean_over_ranks([sum_dy, sum_dy_xhat], count, group)
+    mean_dy, mean_dy_xhat = _mean_over_ranks([sum_dy, sum_dy_xhat], count, group, exchange)
     scale = inverse_std if weight is None else inverse_std * weight
     grad = _per_channel(scale, x) * (dy - _per_channel(mean_dy, x) - x_hat * _per_channel(mean_dy_xhat, x))
     return grad.to(input.dtype), sum_dy_xhat, sum_dy
@@ -48,46 +54,50 @@ class _GlobalMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, count: Tensor, mean: Tensor, var: Tensor, group: ProcessGroup | None
+        input: Tensor, count: Tensor, mean: Tensor, var: Tensor, group: ProcessGroup | None, exchange: Exchange
     ) -> tuple[Tensor, Tensor]:
         return mean.clone(), var.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.group = inputs
+        *tensors, ctx.group, exchange = inputs
+        ctx.exchange = replace(exchange, purpose=_FURTHER)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """With n values in all, ``d mean / dx = 1 / n`` and ``d var / dx = 2 (x - mean) / n``, for every loss."""
         input, count, mean, var = ctx.saved_tensors
-        grad_mean, grad_var = _mean_over_ranks(list(grads), count, ctx.group)
-        mean, _ = _GlobalMoments.apply(input, count, mean, var, ctx.group)  # type: ignore[no-untyped-call]
+        grad_mean, grad_var = _mean_over_ranks(list(grads), count, ctx.group, ctx.exchange)
+        mean, _ = _GlobalMoments.apply(input, count, mean, var, ctx.group, ctx.exchange)  # type: ignore[no-untyped-call]
         deviation = input - _per_channel(mean, input)
         grad_input = _per_channel(grad_mean, input) + 2 * _per_channel(grad_var, input) * deviation
-        return grad_input, None, None, None, None
+        return grad_input, None, None, None, None, None
 
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum of every rank's vector; as all ranks use it, its gradient is the sum of their gradients."""
 
     @staticmethod
-    def forward(vector: Tensor, group: ProcessGroup | None) -> Tensor:
-        return sum_over_ranks(vector.clone(), group)
+    def forward(vector: Tensor, group: ProcessGroup | None, exchange: Exchange) -> Tensor:
+        return sum_over_ranks(vector.clone(), group, exchange)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
+        _, ctx.group, exchange = inputs
+        ctx.exchange = replace(exchange, purpose=_FURTHER)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total: Tensor = _SumOverRanks.apply(grad, ctx.group)  # type: ignore[no-untyped-call]
-        return total, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total: Tensor = _SumOverRanks.apply(grad, ctx.group, ctx.exchange)  # type: ignore[no-untyped-call]
+        return total, None, None
 
 
-def _mean_over_ranks(sums: list[Tensor], count: Tensor, group: ProcessGroup | None) -> tuple[Tensor, ...]:
+def _mean_over_ranks(
+    sums: list[Tensor], count: Tensor, group: ProcessGroup | None, exchange: Exchange
+) -> tuple[Tensor, ...]:
     """Each of ``sums``, ``(C,)``, added up over ranks and divided by ``count``; one exchange for all."""
-    total = _SumOverRanks.apply(torch.cat(sums).double(), group)  # type: ignore[no-untyped-call]
+    total = _SumOverRanks.apply(torch.cat(sums).double(), group, exchange)  # type: ignore[no-untyped-call]
     means: tuple[Tensor, ...] = (total / count.clamp(min=1)).to(sums[0].dtype).chunk(len(sums))
     return means
 

@@ -1,5 +1,6 @@
 """Batch normalization over all ranks as a function, with its two exchanges side by side."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def batch_norm_over(
     momentum: float | None,
     eps: float,
     layer: str = "",
+    instead_of_tracking: Callable[[BatchMoments], None] | None = None,
 ) -> Tensor:
     """`sync_batch_norm` over a group of peers, or without one over this rank's own batch, in a layer of that name."""
     if momentum is None and num_batches_tracked is None:
@@ -82,8 +84,10 @@ def batch_norm_over(
         recomputation.remember(batch)
     if not recomputation.is_recomputing():
         _check_count(input, mask, batch)
-        if running_mean is not None and running_var is not None:
-            _track(batch, running_mean, running_var, num_batches_tracked, momentum)
+        if instead_of_tracking is not None:
+            instead_of_tracking(batch)
+        elif running_mean is not None and running_var is not None:
+            track(batch, running_mean, running_var, num_batches_tracked, momentum)
     return output if mask is None else zero_where_masked(output, mask)
 
 
@@ -100,6 +104,26 @@ def zero_where_masked(values: Tensor, mask: Tensor) -> Tensor:
             f"only, got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     return torch.where(kernels.over_positions(mask, values), values, 0)
+
+
+@torch.no_grad()
+def track(
+    batch: BatchMoments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Move the running statistics towards the batch; by nothing if the batch is empty, without asking the device."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(batch.count > 0)
+    factor = batch.count.clamp(max=1)
+    if momentum is not None:
+        factor = factor * momentum
+    elif num_batches_tracked is not None:
+        factor = factor / num_batches_tracked.clamp(min=1)
+    running_mean.copy_(running_mean.double().lerp_(batch.mean, factor))
+    running_var.copy_(running_var.double().lerp_(batch.unbiased_var, factor))
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -153,7 +177,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         grad_input = None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # someone will differentiate this again
             grad_input, sum_dy_xhat, sum_dy = differentiable_gradients(
-                grad_output, input, scale, count, mean, var, ctx.eps, ctx.group, ctx.needs_input_grad[0]
+                grad_output, input, scale, count, mean, var, ctx.eps, ctx.group, ctx.needs_input_grad[0], ctx.layer
             )
         else:
             sum_dy, sum_dy_xhat = kernels.backward_sums(grad_output, input, mean, var, ctx.eps)
@@ -200,23 +224,3 @@ def _check_count(input: Tensor, mask: Tensor | None, batch: BatchMoments) -> Non
         torch._assert_async(batch.count != 1, f"{message}; {remedy}")
     elif batch.count.item() == 1:
         raise ValueError(f"{message} ({tuple(input.shape)} on this rank); {remedy}")
-
-
-@torch.no_grad()
-def _track(
-    batch: BatchMoments,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-) -> None:
-    """Move the running statistics towards the batch; by nothing if the batch is empty, without asking the device."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(batch.count > 0)
-    factor = batch.count.clamp(max=1)
-    if momentum is not None:
-        factor = factor * momentum
-    elif num_batches_tracked is not None:
-        factor = factor / num_batches_tracked.clamp(min=1)
-    running_mean.copy_(running_mean.double().lerp_(batch.mean, factor))
-    running_var.copy_(running_var.double().lerp_(batch.unbiased_var, factor))

@@ -113,6 +113,7 @@ def _gradient_of_gradient_or_forward() -> Told:
 def test_a_skipped_second_backward_is_told_to_every_rank() -> None:
     again, forward = run_ranks(2, _gradient_of_gradient_or_forward)
     assert again.ranks == forward.ranks == (0, 1)
+    assert "rank 0 is at the further backward of 'stem' (6 channels, float32)" in again.detail
     assert again.detail == forward.detail
     assert "rank 1 is at the forward of 'stem' (6 channels, float32)" in again.detail
 
