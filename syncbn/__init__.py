@@ -1,5 +1,6 @@
 """Synchronized batch normalization for torch: exact over all ranks, on CPU (gloo) and CUDA (NCCL)."""
 
+from syncbn.accumulation import accumulate_statistics
 from syncbn.batchnorm import SyncBatchNorm
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.drift import LayerDrift, log_var_ratio, mean_shift, measure_drift, output_error, rank_disagreement
@@ -22,6 +23,7 @@ __all__ = [
     "RanksDisagree",
     "RanksMissing",
     "SyncBatchNorm",
+    "accumulate_statistics",
     "apply_statistics",
     "check_agreement",
     "convert_sync_batchnorm",

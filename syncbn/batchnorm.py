@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.exchange import peers
 from syncbn.functional import batch_norm_over, zero_where_masked
+from syncbn.moments import BatchMoments
 from syncbn.recomputation import is_recomputing
 
 
@@ -58,6 +60,9 @@ class SyncBatchNorm(_BatchNorm):
     layer_name = ""
     """Path in the model (`name_layers`), which errors name and all ranks must share."""
 
+    instead_of_tracking: Callable[[BatchMoments], None] | None = None
+    """What takes the moments of each batch in place of the running statistics; see `accumulate_statistics`."""
+
     def __init__(
         self,
         num_features: int,
@@ -102,8 +107,9 @@ class SyncBatchNorm(_BatchNorm):
         return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
     def _is_beyond_torch(self, input: Tensor) -> bool:
-        """Whether torch's layer would make NaN of the batch, or could not be compiled whole."""
-        return input.numel() == 0 or (self.momentum is None and torch.compiler.is_compiling())
+        """Whether torch's layer would track, make NaN of the batch, or could not be compiled whole."""
+        cannot_compile = self.momentum is None and torch.compiler.is_compiling()
+        return input.numel() == 0 or self.instead_of_tracking is not None or cannot_compile
 
     def _forward_beyond_torch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
         if self.training or self.running_mean is None:
@@ -126,6 +132,7 @@ class SyncBatchNorm(_BatchNorm):
             self.momentum if tracked else 0.0,
             self.eps,
             self.layer_name,
+            self.instead_of_tracking if tracked else None,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -17,6 +17,7 @@ def test_the_public_names_are_these() -> None:
         "RanksDisagree",
         "RanksMissing",
         "SyncBatchNorm",
+        "accumulate_statistics",
         "apply_statistics",
         "check_agreement",
         "convert_sync_batchnorm",
