@@ -99,7 +99,9 @@ def _torchrun_step_s() -> float:
         spec.write_text(_spec(NUM_STEPS).model_dump_json())
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command += ["-m", "service.training", str(spec), "--storage", folder]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=True).stdout
+        environment = os.environ | {"TMPDIR": folder}  # torchrun leaves its log folder behind
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=True, env=environment)
+        output = answer.stdout
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     steps = [float(event["step_s"]) for event in events if event["type"] == "step"]
     assert len(steps) == NUM_STEPS

@@ -72,7 +72,7 @@ def _keep(state_dir: Path, num_cpus: int, orphan_grace_s: float) -> int:
         record = HeadRecord(os.getpid(), process_start(os.getpid()), address, token, str(temp_dir))
         ray = subprocess.Popen(
             _ray_command(num_cpus, ports, temp_dir),
-            env=_ray_environment(token),
+            env=_ray_environment(token, temp_dir),
             cwd=temp_dir,  # also the folder of every job: empty, so that no file in it shadows a module
             stdin=subprocess.DEVNULL,
             preexec_fn=_end_with_parent,  # safe here: the keeper has one thread
@@ -112,11 +112,12 @@ def _ray_command(num_cpus: int, ports: dict[str, int], temp_dir: Path) -> list[s
     ]
 
 
-def _ray_environment(token: str) -> dict[str, str]:
+def _ray_environment(token: str, temp_dir: Path) -> dict[str, str]:
     """The environment of the head and of all jobs: ours without what would redirect Ray, and without our secrets."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SYNCBN_"))}
     return inherited | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "TMPDIR": str(temp_dir),  # whatever a killed process leaves goes with the head
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",

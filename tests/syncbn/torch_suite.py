@@ -6,15 +6,12 @@ the CPU for every GPU that a test asks for; DistributedDataParallel without ``de
 must not have. Nothing of ours is changed, and no file of torch's.
 """
 
-import importlib.util
 import inspect
 import os
 import random
-import sys
 import traceback
 import unittest
 import warnings
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,7 +76,6 @@ class Unsynchronized(SyncBatchNorm):
 
 def run_on_rank(names: tuple[str, ...], layer: type[nn.Module] = SyncBatchNorm) -> dict[str, str | None]:
     """By test, None if it passed on this rank with ``layer``, else what it failed of. Changes this process for good."""
-    _stand_in_for_expecttest()
     os.environ |= {"BACKEND": "gloo", "WORLD_SIZE": str(dist.get_world_size())}
     nn.SyncBatchNorm = layer  # type: ignore[misc, assignment]
     nn.parallel.DistributedDataParallel = WrapperOnCpu  # type: ignore[misc, assignment]
@@ -88,14 +84,6 @@ def run_on_rank(names: tuple[str, ...], layer: type[nn.Module] = SyncBatchNorm) 
     with warnings.catch_warnings(), OnCpu():
         warnings.simplefilter("ignore")  # torch's tests use what torch has deprecated
         return {name: _run(name) for name in names}
-
-
-def _stand_in_for_expecttest() -> None:
-    """Torch's base of all tests derives from this package's, for tests of printed output; ours have none."""
-    if "expecttest" not in sys.modules and importlib.util.find_spec("expecttest") is None:
-        module = ModuleType("expecttest")
-        module.__dict__["TestCase"] = unittest.TestCase
-        sys.modules["expecttest"] = module
 
 
 def _run(name: str) -> str | None:

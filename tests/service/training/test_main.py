@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def _spec(tmp_path: Path, **changes: object) -> Path:
 
 def _run(launcher: list[str], spec: Path, storage: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "-m", "service.training", str(spec), "--storage", str(storage)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S)
+    environment = os.environ | {"TMPDIR": str(spec.parent)}  # torchrun leaves its log folder behind
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
 
 
 def test_two_ranks_under_torchrun_print_one_stream_of_events(tmp_path: Path) -> None:
