@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/reports": {"service.jobs", "numpy", "scipy"},
     "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "numpy"},
     "service/scheduler": {"service.jobs", "service.errors", "service.store", "pydantic", "structlog"},
-    "service/training": {"syncbn", "service.jobs", "torch", "numpy", "sklearn", "pydantic"},
+    "service/training": {"syncbn", "service.jobs", "torch", "numpy", "pydantic"},
     "service/cluster": {
         "service.jobs",
         "service.errors",

@@ -97,18 +97,18 @@ class Scheduler:
             return
         if self._capacity is None:
             for job in queued:
-                self._store.describe(
-                    job.id,
-                    phase=Phase.WAITING_CLUSTER,
-                    reason=Reason.CLUSTER_UNREACHABLE,
-                    detail=self._cluster_error,
-                )
+                self._say_why_waiting(job, Phase.WAITING_CLUSTER, Reason.CLUSTER_UNREACHABLE, self._cluster_error)
             return
         admission = admit(queued, [job for job in jobs if job.state.active], self._capacity)
         for job, why in admission.waiting:
-            self._store.describe(job.id, phase=Phase.WAITING_RESOURCES, reason=Reason.CLUSTER_FULL, detail=why)
+            self._say_why_waiting(job, Phase.WAITING_RESOURCES, Reason.CLUSTER_FULL, why)
         for job in admission.start:
             self._start(job)
+
+    def _say_why_waiting(self, job: Job, phase: Phase, reason: Reason, detail: str) -> None:
+        # Asked here and not of the store, which would have to lock itself for each waiting job at each tick.
+        if (job.phase, job.reason, job.detail) != (phase, reason, detail):
+            self._store.describe(job.id, phase=phase, reason=reason, detail=detail)
 
     def _follow(self, job: Job) -> None:
         # Observed before the attempt is read: a last word is stored before the cluster sees the process leave.

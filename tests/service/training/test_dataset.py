@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from service.training.dataset import FASHION_MNIST_FOLDER, load_dataset
 from service.training.idx import read_idx
@@ -16,6 +17,17 @@ def test_digits_are_split_into_four_fifths_and_one_fifth_of_every_class() -> Non
     assert digits.num_classes == 10
     train, validation = (labels.bincount() for labels in (digits.train_labels, digits.validation_labels))
     assert (validation / (train + validation)).numpy() == pytest.approx(np.full(10, 0.2), abs=0.005)
+
+
+def test_digits_are_scikit_learns_each_in_one_of_the_two_parts() -> None:
+    digits = load_dataset("builtin:digits")
+    pixels, labels = load_digits(return_X_y=True)
+    both = torch.cat([digits.train_images, digits.validation_images]).flatten(1).double().numpy()
+    named = torch.cat([digits.train_labels, digits.validation_labels]).numpy()
+    original = np.rint((both - both.min()) / np.ptp(both) * 16)  # the scale is undone by the extremes, 0 and 16
+    ours = np.column_stack([original, named])
+    theirs = np.column_stack([pixels, labels])
+    assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
 
 
 def test_digits_are_the_same_every_time() -> None:
