@@ -15,7 +15,7 @@ from service.jobs import RUNNER, AttemptEnded, Control, IngestReply, TelemetryEv
 
 UNDELIVERED = "undelivered.jsonl"
 
-_FLUSH_S = 0.25
+_FLUSH_S = 0.5
 _HEARTBEAT_S = 1.0
 _MAX_EVENTS = 512
 _MAX_BYTES = 1_000_000

@@ -16,6 +16,9 @@ from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
 from service.scheduler.placement import admit, placement_problems
 from service.store import JobStore
 
+_CALM_TICKS = 5
+"""While all jobs run, looking at them less often leaves the processor to those of them that are on this machine."""
+
 _log = structlog.get_logger("scheduler")
 
 
@@ -62,20 +65,22 @@ class Scheduler:
     def run(self, stopping: threading.Event) -> None:
         """Tick until ``stopping`` is set. A store that fails for a while is waited for, never given up on."""
         while not stopping.is_set():
+            in_motion = True
             try:
-                self.tick()
+                in_motion = self.tick()
             except StoreUnavailable as error:
                 _log.warning("the store does not answer", error=str(error))
-            stopping.wait(self._tick_s)
+            stopping.wait(self._tick_s if in_motion else _CALM_TICKS * self._tick_s)
 
-    def tick(self) -> None:
-        """Look at every unfinished job once."""
+    def tick(self) -> bool:
+        """Look at every unfinished job once. False if all there is to do is to watch jobs that run."""
         self._refresh_capacity()
         jobs = self._store.unfinished()
         for job in jobs:
             if job.state.active:
                 self._follow(job)
         self._admit_queued(jobs)
+        return not jobs or any(job.state is not JobState.RUNNING for job in jobs)
 
     def _refresh_capacity(self) -> None:
         if time.monotonic() - self._capacity_at < self._capacity_every_s:
