@@ -4,9 +4,12 @@ Rank 0 prints its events as JSON lines; errors go to standard error.
 """
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -58,5 +61,20 @@ def _device(spec: JobSpec, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if spec.resources.gpus else torch.device("cpu")
 
 
+def _exit(status: int) -> NoReturn:
+    """End the process without winding up the interpreter.
+
+    A thread of gloo may still be letting go of a tensor of its last collective, for which it needs the interpreter: if
+    that is just shutting down, the thread aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        _exit(main())
+    except Exception:
+        traceback.print_exc()
+        _exit(1)
