@@ -3,7 +3,7 @@
 import time
 
 from benchmarks.record import record, spread
-from benchmarks.running_service import running_service
+from benchmarks.running_service import running_service, wait_until_ready
 from service.client import Client
 from service.jobs import JobSpec
 
@@ -15,8 +15,7 @@ def main() -> None:
     """Start jobs one after the other; the first, which also fills caches, is told apart."""
     with running_service() as client:
         started = time.perf_counter()
-        while set(client.ready().values()) != {"ok"}:
-            time.sleep(0.05)
+        wait_until_ready(client)
         head_s = time.perf_counter() - started
         seconds = [_first_step_s(client) for _ in range(NUM_JOBS)]
     record(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +29,21 @@ def running_service(**variables: str) -> Iterator[Client]:
             finally:
                 process.send_signal(signal.SIGINT)
                 process.wait(60)
+
+
+def wait_until_ready(client: Client, timeout_s: float = 60.0) -> None:
+    """Return once every part of the service, its local Ray head too, says ok."""
+    deadline = time.monotonic() + timeout_s
+    while set(client.ready().values()) != {"ok"}:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not ready within {timeout_s:g} s: {client.ready()}")
+        time.sleep(0.05)
+
+
+def wait_until_ended(client: Client, job_id: str, timeout_s: float = 300.0) -> None:
+    """Return once the job is terminal."""
+    deadline = time.monotonic() + timeout_s
+    while not client.job(job_id).state.terminal:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{job_id} did not end within {timeout_s:g} s")
+        time.sleep(0.2)

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.record import record, spread
-from benchmarks.running_service import running_service
+from benchmarks.running_service import running_service, wait_until_ended, wait_until_ready
 from service.client import Client
 from service.jobs import JobSpec, ResNet20
 
@@ -33,8 +33,7 @@ _LIMIT_S = 300.0
 def main() -> None:
     """Train `resnet20` on digits, two ranks with 32 images each."""
     with running_service() as client:
-        while set(client.ready().values()) != {"ok"}:
-            time.sleep(0.05)
+        wait_until_ready(client)
         share = _processor_share(client)
         rounds = [(_torchrun_step_s(), _service_step_s(client)) for _ in range(NUM_ROUNDS)]
     record(
@@ -65,8 +64,7 @@ def _processor_share(client: Client) -> dict[str, float]:
     time.sleep(_WINDOW_S)
     beside, of_ranks = _cpu_s(ours) - before, _cpu_s([psutil.Process(pid) for pid in ranks]) - ranks_before
     client.cancel(job.id)
-    while not client.job(job.id).state.terminal:
-        time.sleep(0.1)
+    wait_until_ended(client, job.id)
     return {"share": beside / of_ranks, "beside_cpu_s": beside, "ranks_cpu_s": of_ranks}
 
 
@@ -87,9 +85,7 @@ def _cpu_s(processes: list[psutil.Process]) -> float:
 
 def _service_step_s(client: Client) -> float:
     job = client.submit(_spec(NUM_STEPS))
-    deadline = time.monotonic() + _LIMIT_S
-    while not client.job(job.id).state.terminal and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_until_ended(client, job.id)
     series = client.metric(job.id, "train/step_s", rank=0, max_points=5000)
     assert len(series.values) == NUM_STEPS
     return statistics.median(series.values[_SKIPPED_STEPS:])

@@ -9,21 +9,18 @@ import pytest
 from service.jobs import (
     AttemptEnded,
     Control,
-    IngestBatch,
     Job,
     JobSpec,
     JobState,
     LaunchRequest,
     Outcome,
     Phase,
-    RankBatch,
-    RankStarted,
     Reason,
-    StepMetrics,
-    Telemetry,
+    TelemetryEvent,
 )
 from service.scheduler import LaunchState, Scheduler, ScriptedLauncher
 from service.store import JobStore
+from tests.service.store.telling import batch, started, step
 
 
 @pytest.fixture
@@ -45,33 +42,14 @@ class Cluster(ScriptedLauncher):
     def _remember(self, request: LaunchRequest, token: str) -> None:
         self._tokens[request.attempt_id] = token
 
-    def report(self, attempt: str, *events: Telemetry, rank: int = 0) -> Control:
+    def report(self, attempt: str, *events: TelemetryEvent, rank: int = 0) -> Control:
         first = self._sent.get((attempt, rank), 0)
         self._sent[attempt, rank] = first + len(events)
-        batch = RankBatch(rank=rank, first_seq=first, times=(0.0,) * len(events), events=events)
-        return self._store.ingest(attempt, self._tokens[attempt], IngestBatch(batches=(batch,))).control
+        return self._store.ingest(attempt, self._tokens[attempt], batch(events, rank, first)).control
 
-    def start_ranks(self, attempt: str, count: int = 2, resumed_step: int = 0) -> None:
-        for rank in range(count):
-            self.report(attempt, started(count, resumed_step), rank=rank)
-
-
-def started(world_size: int, resumed_step: int = 0) -> RankStarted:
-    return RankStarted(
-        world_size=world_size,
-        host="node",
-        pid=1,
-        device="cpu",
-        resumed_step=resumed_step,
-        total_steps=10,
-        steps_per_epoch=10,
-        num_train_images=100,
-        num_validation_images=20,
-        num_classes=10,
-        num_parameters=1,
-        torch_version="2",
-        syncbn_version="0",
-    )
+    def start_ranks(self, attempt: str) -> None:
+        for rank in (0, 1):
+            self.report(attempt, started(), rank=rank)
 
 
 def scheduler(store: JobStore, launcher: ScriptedLauncher, tmp_path: Path) -> Scheduler:
@@ -103,7 +81,7 @@ def test_a_job_goes_from_queued_to_succeeded(store: JobStore, tmp_path: Path) ->
     assert store.get(job.id).state is JobState.RUNNING
     cluster.report(
         request.attempt_id,
-        StepMetrics(step=1, epoch=0, loss=0.5, learning_rate=0.1, step_s=0.01),
+        step(1, loss=0.5),
         AttemptEnded(outcome=Outcome.SUCCEEDED),
     )
     ticker.tick()
