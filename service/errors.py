@@ -6,7 +6,11 @@
     |- InvalidRequest        422  what was asked for is wrong, field by field
     |- NotFound              404  no such job, attempt, layer or metric
     |- Conflict              409  the job's state does not allow it
-    |- Unauthorized          401  no token, or not the right one
+    |- PreconditionFailed    412  the job is no longer the version that was named
+    |- Unauthorized          401  no key, or not a right one
+    |- Forbidden             403  the role or the owner does not allow it
+    |- Gone                  410  it was there, and has been removed
+    |- TooManyRequests       429  faster, or more at once, than this principal may
     |- StoreUnavailable      503  the database does not answer
     `- ClusterUnreachable    503  Ray does not answer, or not to us
 """
@@ -61,12 +65,49 @@ class Conflict(ServiceError):
     title = "The job's state does not allow this"
 
 
+class PreconditionFailed(ServiceError):
+    """``If-Match`` names a version that the job no longer has."""
+
+    status = 412
+    code = "precondition_failed"
+    title = "The job has changed meanwhile"
+
+
 class Unauthorized(ServiceError):
     """The token is missing or wrong."""
 
     status = 401
     code = "unauthorized"
     title = "A valid token is needed"
+
+
+class Forbidden(ServiceError):
+    """Whoever asks is known, and may not do this."""
+
+    status = 403
+    code = "forbidden"
+    title = "This principal may not do this"
+
+
+class Gone(ServiceError):
+    """It existed, and its time of keeping is over."""
+
+    status = 410
+    code = "gone"
+    title = "No longer kept"
+
+
+class TooManyRequests(ServiceError):
+    """A limit of this principal is reached; ``retry_after_s`` says when to come back, if time alone helps."""
+
+    status = 429
+    code = "too_many_requests"
+    title = "Too many at once"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class StoreUnavailable(ServiceError):

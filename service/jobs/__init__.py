@@ -3,6 +3,7 @@
 from service.jobs.identifiers import attempt_id, job_of_attempt, new_job_id
 from service.jobs.job import Attempt, Job, JobEvent, JobPage, LogRecord, MetricSeries, Progress, View
 from service.jobs.launch import LaunchRequest
+from service.jobs.principal import ANONYMOUS, PRINCIPAL_NAME, ApiKey, NewApiKey, Principal, Quota, Role
 from service.jobs.report import (
     Convergence,
     ConvergenceVerdict,
@@ -18,6 +19,7 @@ from service.jobs.spec import (
     Normalization,
     Precision,
     ResNet20,
+    Retries,
     Schedule,
     Sgd,
     Timeouts,
@@ -25,7 +27,6 @@ from service.jobs.spec import (
 )
 from service.jobs.states import (
     ACTIVE_STATES,
-    RETRY_BUDGET,
     TRANSITIONS,
     JobState,
     Phase,
@@ -48,8 +49,10 @@ from service.jobs.telemetry import (
     PhaseChanged,
     RankBatch,
     RankStarted,
+    ResumeCertificate,
     Scores,
     StepMetrics,
+    StoppedEarly,
     Telemetry,
     TelemetryEvent,
     TrainingFinished,
@@ -57,11 +60,13 @@ from service.jobs.telemetry import (
 
 __all__ = [
     "ACTIVE_STATES",
-    "RETRY_BUDGET",
+    "ANONYMOUS",
+    "PRINCIPAL_NAME",
     "RUNNER",
     "TELEMETRY_EVENT",
     "TRANSITIONS",
     "AdamW",
+    "ApiKey",
     "Attempt",
     "AttemptEnded",
     "Cadence",
@@ -87,21 +92,28 @@ __all__ = [
     "LogRecord",
     "MetricSeries",
     "Mlp",
+    "NewApiKey",
     "Normalization",
     "Outcome",
     "Phase",
     "PhaseChanged",
     "Precision",
+    "Principal",
     "Progress",
+    "Quota",
     "RankBatch",
     "RankStarted",
     "Reason",
     "ReasonClass",
     "ResNet20",
+    "ResumeCertificate",
+    "Retries",
+    "Role",
     "Schedule",
     "Scores",
     "Sgd",
     "StepMetrics",
+    "StoppedEarly",
     "Telemetry",
     "TelemetryEvent",
     "Timeouts",

@@ -35,6 +35,8 @@ class Job(View):
 
     id: str
     spec: JobSpec
+    owner: str = "anonymous"
+    """The principal who submitted it."""
     state: JobState
     phase: Phase | None = None
     reason: Reason | None = None
@@ -42,6 +44,14 @@ class Job(View):
     attempt: int = 0
     """Number of the newest attempt; 0 before the first."""
     progress: Progress | None = None
+    queue_position: int | None = None
+    """Of a queued job: its place among all that wait, from 1, as of the scheduler's last look."""
+    retry_of: str | None = None
+    """The ended job that this one takes up again."""
+    start_checkpoint: str | None = None
+    """The checkpoint file that the first attempt begins from, instead of from nothing."""
+    checkpoint_requests: int = 0
+    """How often someone has asked for a checkpoint."""
     version: int
     created_at: AwareDatetime
     updated_at: AwareDatetime

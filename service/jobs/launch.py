@@ -19,6 +19,8 @@ class LaunchRequest(BaseModel):
     ingest_url: HttpUrl
     storage: str
     """Folder of the job, the same path on the service and on every worker: checkpoints go below it."""
+    start_checkpoint: str | None = None
+    """A checkpoint file of another job to begin from, where this job has none of its own yet."""
 
     @property
     def attempt_id(self) -> str:

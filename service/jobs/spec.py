@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from service.jobs.states import ReasonClass
+
 BUILTIN_DATA = ("digits", "fashion-mnist")
 
 
@@ -107,10 +109,27 @@ class Timeouts(SpecPart):
 
     queue_s: Annotated[float, Field(gt=0)] | None = None
     total_s: Annotated[float, Field(gt=0)] | None = None
+    idle_s: Annotated[float, Field(gt=0)] | None = None
+    """How long a running job may take no step, whatever else it does."""
     placement_s: Annotated[float, Field(gt=0)] = 120.0
     rendezvous_s: Annotated[float, Field(gt=0)] = 120.0
     collective_s: Annotated[float, Field(gt=0)] = 60.0
     heartbeat_s: Annotated[float, Field(gt=0)] = 60.0
+    stop_grace_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a job that is told to stop may take to save and leave by itself."""
+
+
+class Retries(SpecPart):
+    """New attempts granted per class of reason; what is the job's own fault is never retried."""
+
+    infra: Annotated[int, Field(ge=0, le=1000)] = 3
+    capacity: Annotated[int, Field(ge=0, le=1000)] = 3
+    preempted: Annotated[int, Field(ge=0, le=1000)] = 10
+    hang: Annotated[int, Field(ge=0, le=1000)] = 2
+
+    def of_class(self, reason_class: ReasonClass) -> int:
+        """How many recoveries a job may make for reasons of this class."""
+        return int(getattr(self, reason_class, 0))
 
 
 def _check_data(uri: str) -> str:
@@ -131,6 +150,12 @@ def _check_data(uri: str) -> str:
         "unknown data set {uri}; known are {known}, idx:/PATH",
         {"uri": repr(uri), "known": known},
     )
+
+
+def _check_after(jobs: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(jobs)) < len(jobs):
+        raise PydanticCustomError("after_repeated", "names a job twice; name each once")
+    return jobs
 
 
 class JobSpec(SpecPart):
@@ -156,6 +181,15 @@ class JobSpec(SpecPart):
     cadence: Cadence = Cadence()
     resources: WorkerResources = WorkerResources()
     timeouts: Timeouts = Timeouts()
+    retries: Retries = Retries()
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Of two waiting jobs of one owner the greater goes first; equals go in order of submission."""
+    after: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^job_[0-9A-Z]{26}$")], ...],
+        Field(max_length=32),
+        AfterValidator(_check_after),
+    ] = ()
+    """Jobs that must have succeeded before this one starts; if one ends otherwise, this one fails."""
 
     @property
     def global_batch_size(self) -> int:

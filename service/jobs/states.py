@@ -64,8 +64,13 @@ class Reason(StrEnum):
     """Why a job is in its state. Each reason belongs to one class, for ever."""
 
     CANCELLED_BY_USER = "cancelled_by_user"
+    PAUSED_BY_USER = "paused_by_user"
     CLUSTER_UNREACHABLE = "cluster_unreachable"
     CLUSTER_FULL = "cluster_full"
+    BEHIND_OTHERS = "behind_others"
+    OWNER_QUOTA = "owner_quota"
+    WAITING_FOR_JOBS = "waiting_for_jobs"
+    JOB_BEFORE_FAILED = "job_before_failed"
     PLACEMENT_TIMEOUT = "placement_timeout"
     WORKER_LOST = "worker_lost"
     RUNNER_LOST = "runner_lost"
@@ -73,20 +78,28 @@ class Reason(StrEnum):
     COLLECTIVE_TIMEOUT = "collective_timeout"
     TRAINING_ERROR = "training_error"
     CHECKPOINT_UNUSABLE = "checkpoint_unusable"
+    CHECKPOINT_FAILED = "checkpoint_failed"
+    PREEMPTED = "preempted"
     QUEUE_DEADLINE = "queue_deadline"
     TOTAL_DEADLINE = "total_deadline"
+    IDLE_DEADLINE = "idle_deadline"
     SERVICE_STOPPED = "service_stopped"
 
     @property
     def reason_class(self) -> ReasonClass:
-        """The class whose retry budget this reason is charged to."""
+        """The class whose retry budget (`service.jobs.spec.Retries`) this reason is charged to."""
         return _CLASS_OF[self]
 
 
 _CLASS_OF: dict[Reason, ReasonClass] = {
     Reason.CANCELLED_BY_USER: ReasonClass.CANCELLED,
+    Reason.PAUSED_BY_USER: ReasonClass.CANCELLED,
     Reason.CLUSTER_UNREACHABLE: ReasonClass.INFRA,
     Reason.CLUSTER_FULL: ReasonClass.CAPACITY,
+    Reason.BEHIND_OTHERS: ReasonClass.CAPACITY,
+    Reason.OWNER_QUOTA: ReasonClass.QUOTA,
+    Reason.WAITING_FOR_JOBS: ReasonClass.CAPACITY,
+    Reason.JOB_BEFORE_FAILED: ReasonClass.USER_ERROR,
     Reason.PLACEMENT_TIMEOUT: ReasonClass.CAPACITY,
     Reason.WORKER_LOST: ReasonClass.INFRA,
     Reason.RUNNER_LOST: ReasonClass.INFRA,
@@ -94,18 +107,13 @@ _CLASS_OF: dict[Reason, ReasonClass] = {
     Reason.COLLECTIVE_TIMEOUT: ReasonClass.HANG,
     Reason.TRAINING_ERROR: ReasonClass.USER_ERROR,
     Reason.CHECKPOINT_UNUSABLE: ReasonClass.USER_ERROR,
+    Reason.CHECKPOINT_FAILED: ReasonClass.INFRA,
+    Reason.PREEMPTED: ReasonClass.PREEMPTED,
     Reason.QUEUE_DEADLINE: ReasonClass.DEADLINE,
     Reason.TOTAL_DEADLINE: ReasonClass.DEADLINE,
+    Reason.IDLE_DEADLINE: ReasonClass.DEADLINE,
     Reason.SERVICE_STOPPED: ReasonClass.SERVICE,
 }
-
-RETRY_BUDGET: dict[ReasonClass, int] = {
-    ReasonClass.INFRA: 3,
-    ReasonClass.CAPACITY: 3,
-    ReasonClass.PREEMPTED: 10,
-    ReasonClass.HANG: 2,
-}
-"""New attempts granted per class of reason; a class that is not named here is never retried."""
 
 
 class Phase(StrEnum):
@@ -113,6 +121,8 @@ class Phase(StrEnum):
 
     WAITING_CLUSTER = "waiting_cluster"
     WAITING_RESOURCES = "waiting_resources"
+    WAITING_QUOTA = "waiting_quota"
+    WAITING_JOBS = "waiting_jobs"
     LAUNCHING = "launching"
     PLACING = "placing"
     RENDEZVOUS = "rendezvous"

@@ -114,6 +114,35 @@ class CheckpointSaved(Telemetry):
     duration_s: float
 
 
+class ResumeCertificate(Telemetry):
+    """Whether an attempt really goes on where the checkpoint of ``step`` was saved.
+
+    A fixed probe batch is judged in evaluation mode when a checkpoint is saved and again when it has been restored;
+    the digests are SHA-256 over the bits of all parameters, and of all BatchNorm running statistics. ``exact`` if
+    all three pairs are equal, the losses to the last bit.
+    """
+
+    type: Literal["resume_certificate"] = "resume_certificate"
+    step: int
+    saved_by_num_workers: int
+    num_workers: int
+    saved_probe_loss: float
+    restored_probe_loss: float
+    saved_parameters_sha256: str
+    restored_parameters_sha256: str
+    saved_statistics_sha256: str
+    restored_statistics_sha256: str
+    exact: bool
+
+
+class StoppedEarly(Telemetry):
+    """A rank has left after ``step``, as it was told: all ranks at the same one."""
+
+    type: Literal["stopped"] = "stopped"
+    step: int
+    checkpoint_saved: bool
+
+
 class TrainingFinished(Telemetry):
     """A rank has taken its last step."""
 
@@ -145,6 +174,8 @@ class AttemptEnded(Telemetry):
     outcome: Outcome
     reason: Reason | None = None
     detail: str = ""
+    checkpoint_step: int | None = None
+    """Of an attempt that stopped as it was told: the step of the checkpoint that it has just saved."""
 
 
 TelemetryEvent = Annotated[
@@ -154,6 +185,8 @@ TelemetryEvent = Annotated[
     | Evaluation
     | Drift
     | CheckpointSaved
+    | ResumeCertificate
+    | StoppedEarly
     | TrainingFinished
     | LogLine
     | AttemptEnded,
@@ -192,11 +225,19 @@ class Control(StrEnum):
     """What the service wants of an attempt; every answer to an ingest carries it."""
 
     CONTINUE = "continue"
+    STOP = "stop"
+    """Agree on a step, save a checkpoint there, and leave."""
     ABORT = "abort"
+    """Leave at once."""
 
 
 class IngestReply(Telemetry):
-    """The control word, and per rank the sequence number that the service expects next."""
+    """The control word, and per rank the sequence number that the service expects next.
+
+    ``checkpoint_requests`` counts how often someone has asked the job for a checkpoint, over its whole life: an
+    attempt that finds it greater than when it last saved on request saves once more.
+    """
 
     control: Control
     next_seq: dict[int, int]
+    checkpoint_requests: int = 0

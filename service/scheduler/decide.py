@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from service.jobs import RETRY_BUDGET, Attempt, Job, JobState, Outcome, Phase, Reason, ReasonClass
+from service.jobs import Attempt, Job, JobState, Outcome, Phase, Reason, ReasonClass
 from service.scheduler.launcher import Observation
 
 START_GRACE_S = 60.0
@@ -90,7 +90,7 @@ def _decide_running(
     if attempt.ended is not None:
         if attempt.ended.outcome is Outcome.SUCCEEDED:
             return Decision(JobState.SUCCEEDED)
-        return _recover_or_fail(attempt.ended.reason or Reason.RUNNER_LOST, attempt.ended.detail, recoveries)
+        return _recover_or_fail(job, attempt.ended.reason or Reason.RUNNER_LOST, attempt.ended.detail, recoveries)
     total = job.spec.timeouts.total_s
     if total is not None and now - job.created_at > timedelta(seconds=total):
         detail = f"it ran longer than its total_s of {total:g} s"
@@ -98,12 +98,12 @@ def _decide_running(
     if observation is not None and observation.state.over:
         said = f"the cluster says {observation.state}: {_last_line(observation.message)}".rstrip(": ")
         detail = f"the runner left without a last word; {said}"
-        return _recover_or_fail(Reason.RUNNER_LOST, detail, recoveries, keep_output=True)
+        return _recover_or_fail(job, Reason.RUNNER_LOST, detail, recoveries, keep_output=True)
     silence = _silence_s(attempt, now, service_since)
     limit = job.spec.timeouts.heartbeat_s + (0.0 if attempt.heartbeat_at else START_GRACE_S)
     if silence > limit:
         detail = f"its runner has been silent for {silence:.0f} s, longer than heartbeat_s allows"
-        return _recover_or_fail(Reason.NO_HEARTBEAT, detail, recoveries, stop=True, keep_output=True)
+        return _recover_or_fail(job, Reason.NO_HEARTBEAT, detail, recoveries, stop=True, keep_output=True)
     return WAIT
 
 
@@ -118,6 +118,7 @@ def _silence_s(attempt: Attempt, now: datetime, service_since: datetime) -> floa
 
 
 def _recover_or_fail(
+    job: Job,
     reason: Reason,
     detail: str,
     recoveries: Mapping[ReasonClass, int],
@@ -126,7 +127,7 @@ def _recover_or_fail(
     keep_output: bool = False,
 ) -> Decision:
     kind = reason.reason_class
-    budget, used = RETRY_BUDGET.get(kind, 0), recoveries.get(kind, 0)
+    budget, used = job.spec.retries.of_class(kind), recoveries.get(kind, 0)
     to = JobState.RECOVERING if used < budget else JobState.FAILED
     if to is JobState.FAILED and budget:
         detail = f"{detail} (gave up after {used} recoveries of class {kind})"

@@ -23,7 +23,7 @@ from service.jobs import JobSpec
 
 NUM_KEPT = 2
 """How many checkpoints a folder keeps: the newest, and one to fall back on."""
-_NOT_OF_THE_NUMBERS = {"name", "cadence", "resources", "timeouts"}
+_NOT_OF_THE_NUMBERS = {"name", "cadence", "resources", "timeouts", "retries", "priority", "after"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class UnusableCheckpoint(ValueError):
 
 
 def fingerprint(spec: JobSpec) -> str:
-    """SHA-256 over what decides a run's numbers; its name, cadence, resources and timeouts may differ."""
+    """SHA-256 over what decides a run's numbers; what only says when and how it runs may differ."""
     fields = spec.model_dump(mode="json", exclude=_NOT_OF_THE_NUMBERS)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """The state machine as data: closed, reachable, and final where it says so."""
 
-from service.jobs import ACTIVE_STATES, RETRY_BUDGET, TRANSITIONS, JobState, Reason, ReasonClass
+from service.jobs import ACTIVE_STATES, TRANSITIONS, JobState, Reason, ReasonClass, Retries
 
 
 def test_every_state_has_its_row_and_is_reachable_from_queued() -> None:
@@ -30,4 +30,5 @@ def test_active_states_are_those_that_may_hold_resources() -> None:
 
 def test_every_reason_has_a_class_and_errors_of_the_user_are_never_retried() -> None:
     assert {reason.reason_class for reason in Reason} <= set(ReasonClass)
-    assert ReasonClass.USER_ERROR not in RETRY_BUDGET
+    assert Retries().of_class(ReasonClass.USER_ERROR) == 0
+    assert {ReasonClass(name) for name in Retries.model_fields} <= {reason.reason_class for reason in Reason}

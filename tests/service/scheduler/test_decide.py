@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from service.jobs import (
-    RETRY_BUDGET,
     TRANSITIONS,
     Attempt,
     AttemptEnded,
@@ -16,6 +15,7 @@ from service.jobs import (
     Outcome,
     Reason,
     ReasonClass,
+    Retries,
     Timeouts,
 )
 from service.scheduler import Decision, LaunchState, Observation, decide
@@ -133,17 +133,11 @@ def test_a_silent_runner_is_stopped_and_what_it_wrote_is_kept() -> None:
     assert "silent for 61 s" in made.detail
 
 
-@pytest.mark.parametrize("reason_class", sorted(RETRY_BUDGET))
+@pytest.mark.parametrize("reason_class", [ReasonClass(name) for name in Retries.model_fields])
 def test_each_class_of_reason_has_its_own_budget(reason_class: ReasonClass) -> None:
-    reason = (
-        next(reason for reason in Reason if reason.reason_class is reason_class)
-        if reason_class in {reason.reason_class for reason in Reason}
-        else None
-    )
-    if reason is None:
-        return  # no reason of this class exists yet, so nothing can be charged to it
+    reason = next(reason for reason in Reason if reason.reason_class is reason_class)
     ended = AttemptEnded(outcome=Outcome.FAILED, reason=reason)
-    budget = RETRY_BUDGET[reason_class]
+    budget = Retries().of_class(reason_class)
     others = {other: 99 for other in ReasonClass if other is not reason_class}
     assert decision(S.RUNNING, ended=ended, used=others | {reason_class: budget - 1}).to is S.RECOVERING
     given_up = decision(S.RUNNING, ended=ended, used={reason_class: budget})
