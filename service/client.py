@@ -10,7 +10,18 @@ from urllib.parse import quote
 import httpx2
 
 from service.errors import FieldProblem, InvalidRequest, ServiceError
-from service.jobs import Drift, Job, JobEvent, JobPage, JobReport, JobSpec, JobState, LogRecord, MetricSeries
+from service.jobs import (
+    Drift,
+    Job,
+    JobEvent,
+    JobPage,
+    JobReport,
+    JobSpec,
+    JobState,
+    LogRecord,
+    MetricSeries,
+    PlannedJob,
+)
 
 _SILENCE_S = 45.0
 """A stream says something at least every 15 s; three times that without a word is a lost connection."""
@@ -61,6 +72,13 @@ class Client:
             headers["Idempotency-Key"] = idempotency_key
         answer = self._ask("POST", "/v1/jobs", content=spec.model_dump_json(), headers=headers)
         return Job.model_validate_json(answer.content)
+
+    def plan(self, spec: JobSpec) -> PlannedJob:
+        """What would become of the job, and whether the cluster could hold it; takes some seconds."""
+        answer = self._ask(
+            "POST", "/v1/jobs:plan", content=spec.model_dump_json(), headers={"Content-Type": "application/json"}
+        )
+        return PlannedJob.model_validate_json(answer.content)
 
     def job(self, job_id: str) -> Job:
         """The job as it stands."""

@@ -18,6 +18,7 @@ from service.cluster.launcher import RayLauncher
 from service.errors import FieldProblem, ServiceError, StoreUnavailable
 from service.jobs import JobSpec, JobState, Reason
 from service.lock import lock_data_folder
+from service.planner import Planner
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.store import JobStore
@@ -72,6 +73,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
         app = create_app(
             store,
             check_placement=lambda spec: _placement_problems(spec, scheduler, local=head is not None),
+            plan=Planner().plan,
             readiness=lambda: _readiness(store, scheduler, settings.data_dir),
             api_token=settings.api_token,
             allowed_hosts=_allowed_hosts(settings),

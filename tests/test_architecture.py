@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/errors.py": set(),
     "service/settings.py": {"pydantic", "pydantic_settings"},
     "service/lock.py": {"service.errors"},
+    "service/planner.py": {"service.jobs", "service.errors"},
     "service/jobs": {"pydantic", "pydantic_core"},
     "service/reports": {"service.jobs", "numpy", "scipy"},
     "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "numpy"},

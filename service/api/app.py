@@ -7,14 +7,14 @@ from importlib.metadata import version
 from fastapi import Depends, Request, Response
 from pydantic import SecretStr
 
-from service.api import health, ingest, jobs, problems, stream, telemetry
+from service.api import health, ingest, jobs, planning, problems, stream, telemetry
 from service.api.auth import require_api_token
 from service.api.document import Api
 from service.api.middleware import AllowedHosts, BodyLimit, RequestIds
 from service.api.parts import Parts, parts_of
 from service.api.submission import WrongSpec
 from service.errors import FieldProblem, InvalidRequest
-from service.jobs import JobSpec
+from service.jobs import JobPlan, JobSpec
 from service.store import JobStore
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -24,6 +24,7 @@ def create_app(
     store: JobStore,
     *,
     check_placement: Callable[[JobSpec], Sequence[FieldProblem]],
+    plan: Callable[[JobSpec], JobPlan],
     readiness: Callable[[], dict[str, str]],
     stopping: threading.Event,
     api_token: SecretStr | None = None,
@@ -31,9 +32,10 @@ def create_app(
 ) -> Api:
     """The API over ``store``.
 
-    ``check_placement`` says why the cluster could never hold a job, ``readiness`` the state of each part ("ok" or
-    what is wrong); both are called in worker threads. With an ``api_token`` every ``/v1`` request must carry it,
-    except an attempt's reports, which carry their own. ``stopping`` ends all streams. A host of ``*`` allows any.
+    ``check_placement`` says why the cluster could never hold a job, ``plan`` what would become of it, ``readiness``
+    the state of each part ("ok" or what is wrong); all are called in worker threads. With an ``api_token`` every
+    ``/v1`` request must carry it, except an attempt's reports, which carry their own. ``stopping`` ends all streams.
+    A host of ``*`` allows any.
     """
     app = Api(
         title="syncbn",
@@ -43,13 +45,13 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts = Parts(store, check_placement, readiness, api_token, stopping)
+    app.state.parts = Parts(store, check_placement, plan, readiness, api_token, stopping)
     problems.install(app)
     app.add_exception_handler(WrongSpec, _refuse_spec)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(AllowedHosts, allowed=allowed_hosts)
     app.add_middleware(RequestIds)
-    for module in (jobs, telemetry, stream):
+    for module in (planning, jobs, telemetry, stream):
         app.include_router(module.router, dependencies=[Depends(require_api_token)])
     app.include_router(ingest.router)
     app.include_router(health.router)

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from pydantic import SecretStr
 
 from service.errors import FieldProblem
-from service.jobs import Job, JobSpec
+from service.jobs import Job, JobPlan, JobSpec
 from service.store import JobStore
 
 
@@ -20,6 +20,8 @@ class Parts:
     store: JobStore
     check_placement: Callable[[JobSpec], Sequence[FieldProblem]]
     """Why the cluster could never hold such a job; empty where it could."""
+    plan: Callable[[JobSpec], JobPlan]
+    """What would become of such a job."""
     readiness: Callable[[], dict[str, str]]
     """The state of each part; "ok" for what works."""
     api_token: SecretStr | None

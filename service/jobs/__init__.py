@@ -3,6 +3,7 @@
 from service.jobs.identifiers import attempt_id, job_of_attempt, new_job_id
 from service.jobs.job import Attempt, Job, JobEvent, JobPage, LogRecord, MetricSeries, Progress, View
 from service.jobs.launch import LaunchRequest
+from service.jobs.plan import JobPlan, LayerPlan, Outlook, PlannedJob
 from service.jobs.principal import ANONYMOUS, PRINCIPAL_NAME, ApiKey, NewApiKey, Principal, Quota, Role
 from service.jobs.report import (
     Convergence,
@@ -83,11 +84,13 @@ __all__ = [
     "Job",
     "JobEvent",
     "JobPage",
+    "JobPlan",
     "JobReport",
     "JobSpec",
     "JobState",
     "LaunchRequest",
     "LayerDrift",
+    "LayerPlan",
     "LogLine",
     "LogRecord",
     "MetricSeries",
@@ -95,8 +98,10 @@ __all__ = [
     "NewApiKey",
     "Normalization",
     "Outcome",
+    "Outlook",
     "Phase",
     "PhaseChanged",
+    "PlannedJob",
     "Precision",
     "Principal",
     "Progress",

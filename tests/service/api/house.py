@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from service.api import create_app
 from service.errors import ClusterUnreachable, FieldProblem
 from service.jobs import IngestBatch, Job, JobSpec, JobState, TelemetryEvent, attempt_id
+from service.planner import Planner
 from service.store import JobStore
 from tests.service.store.telling import rank_batch, spec
 
@@ -28,6 +29,7 @@ class House:
         return create_app(
             self.store,
             check_placement=self._check_placement,
+            plan=Planner().plan,
             readiness=lambda: self.parts,
             stopping=stopping or threading.Event(),
             api_token=None if api_token is None else SecretStr(api_token),

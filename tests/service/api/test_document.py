@@ -4,6 +4,8 @@ from fastapi.testclient import TestClient
 _ERRORS = {
     ("get", "/v1/jobs"): {400, 401, 422, 503},
     ("post", "/v1/jobs"): {400, 401, 413, 415, 422, 503},
+    ("post", "/v1/jobs:validate"): {400, 401, 413, 415, 422, 503},
+    ("post", "/v1/jobs:plan"): {400, 401, 413, 415, 422, 503},
     ("get", "/v1/jobs/{job_id}"): {400, 401, 404, 503},
     ("post", "/v1/jobs/{job_id}:cancel"): {400, 401, 404, 409, 503},
     ("get", "/v1/jobs/{job_id}/report"): {400, 401, 404, 503},

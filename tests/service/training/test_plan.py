@@ -1,0 +1,89 @@
+"""Plans against what training really does."""
+
+import pytest
+import torch
+
+from service.jobs import AdamW, JobSpec, LayerPlan, Mlp, Normalization, Precision, ResNet20
+from service.training.dataset import load_dataset
+from service.training.models import build_model
+from service.training.plan import Impossible, plan
+from syncbn import convert_sync_batchnorm
+from tests.ranks import run_ranks
+from tests.syncbn.collectives import CollectiveLog
+
+
+def _spec(**fields: object) -> JobSpec:
+    return JobSpec.model_validate({"name": "planned", "epochs": 2, **fields})
+
+
+def _step(spec: JobSpec) -> tuple[int, int, int]:
+    """Of a real step on this rank: exchanges, bytes that it contributes to them, parameters that it trains."""
+    dataset = load_dataset(spec.data)
+    model = convert_sync_batchnorm(build_model(spec.model, dataset.sample_shape, dataset.num_classes, 0.1))
+    with CollectiveLog() as log:
+        torch.autograd.backward(model(dataset.train_images[: spec.batch_size_per_worker]).sum())
+    num_values = sum(collective.num_values for collective in log.collectives)
+    return len(log.collectives), 8 * num_values, sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", [Mlp(hidden_sizes=(8, 4)), ResNet20(width=4)])
+def test_the_exchanges_of_a_plan_are_those_of_a_step(model: Mlp | ResNet20) -> None:
+    spec = _spec(model=model.model_dump(), num_workers=2, batch_size_per_worker=4)
+    planned = plan(spec)
+    expected = (planned.exchanges_per_step, planned.exchange_bytes_per_step, planned.num_parameters)
+    assert run_ranks(2, _step, spec) == [expected, expected]
+    assert planned.gradient_bytes_per_step == 4 * planned.num_parameters
+
+
+def test_a_layer_counts_the_values_behind_each_statistic() -> None:
+    planned = plan(_spec(model=ResNet20(width=4).model_dump(), num_workers=4, batch_size_per_worker=2))
+    assert len(planned.layers) == 19
+    assert planned.layers[0] == LayerPlan(
+        layer="bn",
+        num_channels=4,
+        positions_per_image=64,
+        num_values=8 * 64,
+        forward_bytes=9 * 8,
+        backward_bytes=8 * 8,
+    )
+    assert planned.layers[-1].positions_per_image == 4
+    assert planned.exchange_bytes_per_step == sum(8 * (4 * layer.num_channels + 1) for layer in planned.layers)
+
+
+def test_local_statistics_are_of_fewer_values_and_cost_no_exchange() -> None:
+    planned = plan(_spec(normalization=Normalization.LOCAL, num_workers=4, batch_size_per_worker=2))
+    assert (planned.exchanges_per_step, planned.exchange_bytes_per_step) == (0, 0)
+    assert {layer.num_values for layer in planned.layers} == {2}
+    assert {(warning.pointer, warning.code) for warning in planned.warnings} == {
+        ("/batch_size_per_worker", "few_values"),
+        ("/normalization", "statistics_differ"),
+    }
+
+
+def test_steps_are_counted_as_the_sampler_counts_them() -> None:
+    planned = plan(_spec(epochs=3, num_workers=2, batch_size_per_worker=32))
+    assert (planned.num_train_images, planned.steps_per_epoch, planned.total_steps) == (1437, 22, 66)
+    assert plan(_spec(epochs=None, max_steps=7)).total_steps == 7
+
+
+def test_a_short_run_is_told_that_its_statistics_stay_near_their_beginning() -> None:
+    short, long = plan(_spec(epochs=None, max_steps=20)), plan(_spec(epochs=None, max_steps=29))
+    assert "12% of the running statistics" in next(w.message for w in short.warnings)  # 0.9 ** 20 = 0.1216
+    assert not long.warnings  # 0.9 ** 29 = 0.047
+
+
+def test_one_worker_exchanges_nothing() -> None:
+    planned = plan(_spec(num_workers=1, batch_size_per_worker=64))
+    assert (planned.exchange_bytes_per_step, planned.gradient_bytes_per_step) == (0, 0)
+
+
+def test_what_training_would_refuse_is_refused_by_the_field() -> None:
+    with pytest.raises(Impossible, match="1437 images, fewer than one global batch of 2000") as refused:
+        plan(_spec(num_workers=2, batch_size_per_worker=1000))
+    assert refused.value.pointer == "/batch_size_per_worker"
+
+
+def test_double_parameters_have_double_gradients() -> None:
+    spec = _spec(precision=Precision.FLOAT64, optimizer=AdamW().model_dump())
+    planned = plan(spec)
+    assert planned.gradient_bytes_per_step == 8 * planned.num_parameters
