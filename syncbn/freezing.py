@@ -1,11 +1,14 @@
 """Freezing BatchNorm layers: a mode in which nothing about them changes, and the way back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn.layers import check_has_size
 
 _BEFORE = "_before_freeze"
 
@@ -19,16 +22,23 @@ def freeze(model: nn.Module) -> nn.Module:
     and state dict are as before, and a frozen layer may be copied, pickled, converted and reverted. Layers that are
     frozen already are left alone.
 
-    DistributedDataParallel must be told: freeze before wrapping. Where a layer is to be fixed for good, for instance
-    for export, `syncbn.normalizers.FrozenBatchNorm` puts a module without parameters in its place.
+    DistributedDataParallel decides when it is made which gradients it exchanges: freeze and unfreeze the plain model,
+    before it is wrapped. Frozen while wrapped, training usually ends in the second step ("Expected to have finished
+    reduction"); unfrozen while wrapped, ranks would drift apart, each by its own gradients. Both are refused where
+    the wrapper is in ``model``.
+
+    Where a layer is to be fixed for good, for instance for export, `syncbn.normalizers.FrozenBatchNorm` puts a
+    module without parameters in its place.
 
     Raises:
-        ValueError: naming the path of a layer without running statistics, or still lazy, before anything is changed.
+        ValueError: naming the path of a layer without running statistics, still lazy or in DistributedDataParallel,
+            before anything is changed.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
     layers = {path: layer for path, layer in layers.items() if not is_frozen(layer)}
     for path, layer in layers.items():
-        _check_freezable(path or "the model itself", layer)
+        _check_freezable(path, layer)
+    _check_not_wrapped(model, [layer for layer in layers.values() if any(_requires_grad(layer).values())])
     # All flags are read before any is changed: layers may share parameters.
     before = {layer: _Before(layer.training, _requires_grad(layer)) for layer in layers.values()}
     for layer, state in before.items():
@@ -41,10 +51,14 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
     Each parameter asks for a gradient if it did before, and each layer has the mode that it would have if it had
     never been frozen: that of the last ``train()`` or ``eval()`` since, else the one before.
+
+    Raises:
+        ValueError: naming the path of a layer in DistributedDataParallel, before anything is changed; see `freeze`.
     """
-    for module in list(model.modules()):
-        if is_frozen(module):
-            _unfreeze(module)
+    frozen = [module for module in model.modules() if is_frozen(module)]
+    _check_not_wrapped(model, [layer for layer in frozen if any(layer.__dict__[_BEFORE].requires_grad.values())])
+    for layer in frozen:
+        unfreeze_layer(layer)
     return model
 
 
@@ -62,15 +76,24 @@ class _Before:
 
 
 def _check_freezable(path: str, layer: _BatchNorm) -> None:
-    if isinstance(layer, LazyModuleMixin):
-        raise ValueError(
-            f"{path} is a {type(layer).__name__} that has no size yet; run a batch through the model first"
-        )
+    check_has_size(path, layer)
     if layer.running_mean is None:
         raise ValueError(
-            f"{path} keeps no running statistics, so that there is nothing to fix it at; "
+            f"{path or 'the module itself'} keeps no running statistics, so that there is nothing to fix it at; "
             f"build it with track_running_stats=True"
         )
+
+
+def _check_not_wrapped(model: nn.Module, changing: Sequence[nn.Module]) -> None:
+    """Refuse layers whose parameters begin or cease to ask for gradients inside a wrapper that counts on them."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, DistributedDataParallel):
+            paths = [path for path, module in wrapper.module.named_modules() if module in changing]
+            if paths:
+                raise ValueError(
+                    f"{paths[0]} is in DistributedDataParallel, which exchanges the gradients that were wanted when "
+                    "it was made, no more and no fewer; freeze or unfreeze its .module, then wrap that anew"
+                )
 
 
 def _requires_grad(layer: _BatchNorm) -> dict[str, bool]:
@@ -93,7 +116,8 @@ def _note_mode(layer: _BatchNorm, mode: bool = True) -> _BatchNorm:
     return layer
 
 
-def _unfreeze(layer: nn.Module) -> None:
+def unfreeze_layer(layer: nn.Module) -> None:
+    """Undo `freeze` in a single frozen ``layer``, whatever wraps it."""
     before: _Before = layer.__dict__.pop(_BEFORE)
     del layer.__dict__["train"]
     layer.train(before.training)

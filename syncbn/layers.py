@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -15,9 +16,23 @@ def tracked_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
     A layer that stands in several places is named once, by its first. `DistributedDataParallel` adds nothing to
     the path.
+
+    Raises:
+        ValueError: naming the path of a layer that is still lazy.
     """
-    named = unwrapped(model).named_modules()
-    return {path: module for path, module in named if isinstance(module, _BatchNorm) and _is_tracked(module)}
+    layers = {path: module for path, module in unwrapped(model).named_modules() if isinstance(module, _BatchNorm)}
+    for path, layer in layers.items():
+        check_has_size(path, layer)
+    return {path: layer for path, layer in layers.items() if _is_tracked(layer)}
+
+
+def check_has_size(path: str, layer: _BatchNorm) -> None:
+    """Raise ValueError, naming ``path``, if ``layer`` is lazy and has seen no batch yet."""
+    if isinstance(layer, LazyModuleMixin):
+        raise ValueError(
+            f"{path or 'the module itself'} is a {type(layer).__name__} that has no size yet; "
+            "run a batch through the model first"
+        )
 
 
 def running_moments(layer: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.agreement import Exchange
 from syncbn.estimators import Estimate, Estimator, estimate_for
 from syncbn.exchange import peers, sum_over_ranks
+from syncbn.freezing import is_frozen
 from syncbn.kernels.aten import local_moments
 from syncbn.layers import tracked_layers, unwrapped
 from syncbn.moments import BatchMoments
@@ -40,8 +41,12 @@ def population_statistics(
     Each batch goes through ``model(input_of(batch))`` in evaluation mode, save that every BatchNorm that keeps
     running statistics, torch's or ours, normalizes by the batch's own, as in training. That is the rank's batch: a
     layer sees what it sees in training if the batches are of the size that all ranks have together in training.
-    Where a layer is called with a mask, what it masks does not count. Modes, buffers and counters are as before
-    afterwards, whatever happens; `apply_statistics` writes the result.
+    Frozen layers (`freeze`) are measured too, but go on to normalize by what they are frozen at, as they do in
+    training. Where a layer is called with a mask, what it masks does not count. Modes, buffers and counters are as
+    before afterwards, whatever happens; `apply_statistics` writes the result.
+
+    Below the first BatchNorm this is an estimate: a rank's batch has other moments than the joined one, and what
+    comes out of it is fed to the next layer. One exchange allows no more; larger batches make the difference small.
 
     Args:
         model: of any kind; of DistributedDataParallel the module inside is called.
@@ -57,14 +62,15 @@ def population_statistics(
     Cost: a forward pass a batch, memory of some ``C`` doubles a layer, and ONE exchange of ``2C + 3`` doubles a layer
         (another than the pooled estimator: ``2C + 4``), all in one vector, when this rank's batches are used up.
         All ranks must call, also those without any batch.
-    Raises: ValueError from torch, for a batch with a single value per channel.
+    Raises: ValueError from torch, for a batch with a single value per channel; ValueError for a layer still lazy.
     """
     layers = tracked_layers(model)
     record = _Record(layers, estimator)
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         for layer in layers.values():
-            stack.enter_context(_buffers(layer, running_mean=None, running_var=None))
+            if not is_frozen(layer):
+                stack.enter_context(_buffers(layer, running_mean=None, running_var=None))
         stack.enter_context(record.listening())
         for batch in batches:
             unwrapped(model)(input_of(batch))
@@ -75,16 +81,16 @@ def population_statistics(
 def apply_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -> None:
     """Write ``statistics`` (the variance unbiased) into the running statistics of the named layers, for good.
 
-    In place, so that whoever holds the buffers sees it; the counters of batches stay. No collective: where ranks
-    pass the same, as `population_statistics` returns it, they go on holding the same bits.
+    In place, so that whoever holds the buffers sees it; the counters of batches stay, and frozen layers keep what
+    they are frozen at. No collective: where ranks pass the same, as `population_statistics` returns it, they go on
+    holding the same bits.
 
     Raises:
         ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
     """
-    layers = _named_layers(model, statistics)
-    for path, moments in statistics.items():
-        for name, value in _as_buffers(layers[path], moments).items():
-            buffer = layers[path]._buffers[name]
+    for path, layer in _movable_layers(model, statistics).items():
+        for name, value in _as_buffers(layer, statistics[path]).items():
+            buffer = layer._buffers[name]
             if buffer is not None and value is not None:
                 buffer.copy_(value)
 
@@ -94,25 +100,26 @@ def using_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -
     """Inside the block, the named layers hold ``statistics`` (the variance unbiased) as their running statistics.
 
     Afterwards the layers have their own buffers again: the same tensors, which nothing in the block has written to,
-    not even training. Layers that ``statistics`` does not name keep theirs throughout. Modes are the caller's:
-    statistics only matter in evaluation mode.
+    not even training. Layers that ``statistics`` does not name, and frozen ones, keep theirs throughout. Modes are
+    the caller's: statistics only matter in evaluation mode.
 
     Raises:
         ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
     """
-    layers = _named_layers(model, statistics)
+    layers = _movable_layers(model, statistics)
     with ExitStack() as stack:
-        for path, moments in statistics.items():
-            stack.enter_context(_buffers(layers[path], **_as_buffers(layers[path], moments)))
+        for path, layer in layers.items():
+            stack.enter_context(_buffers(layer, **_as_buffers(layer, statistics[path])))
         yield
 
 
-def _named_layers(model: nn.Module, statistics: Mapping[str, BatchMoments]) -> dict[str, _BatchNorm]:
+def _movable_layers(model: nn.Module, statistics: Mapping[str, BatchMoments]) -> dict[str, _BatchNorm]:
+    """The layers that ``statistics`` names, less those that are frozen."""
     layers = tracked_layers(model)
     unknown = sorted(statistics.keys() - layers.keys())
     if unknown:
         raise ValueError(f"no layers with running statistics at {unknown}; the model has {sorted(layers)}")
-    return layers
+    return {path: layers[path] for path in statistics if not is_frozen(layers[path])}
 
 
 class _Record:
@@ -163,10 +170,14 @@ class _Record:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; each module has its own mode again afterwards."""
+    """Evaluation mode inside the block; each module has its own mode again afterwards.
+
+    Past ``eval``, which may do more: a frozen layer notes which mode was asked for, others merge weights.
+    """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        for module in modes:
+            module.training = False
         yield
     finally:
         for module, mode in modes.items():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.batchnorm import SyncBatchNorm
+from syncbn.freezing import is_frozen, unfreeze_layer
 from syncbn.inference.calls import Call, Calls
 from syncbn.layers import unwrapped
 from syncbn.normalizers.frozen import FrozenBatchNorm
@@ -58,8 +59,12 @@ def plan_folding(model: nn.Module, example_input: Any = None) -> FoldingPlan:
 
 
 def serving_copy(model: nn.Module) -> nn.Module:
-    """In evaluation mode, and with BatchNorms where ghost or frozen ones stand in for them: the same map."""
-    return restore_batchnorm(copy.deepcopy(unwrapped(model)), only=(FrozenBatchNorm, GhostBatchNorm)).eval()
+    """In evaluation mode, not frozen, and with BatchNorms where ghost or frozen ones stand in: the same map."""
+    copied = restore_batchnorm(copy.deepcopy(unwrapped(model)), only=(FrozenBatchNorm, GhostBatchNorm))
+    for module in copied.modules():
+        if is_frozen(module):
+            unfreeze_layer(module)
+    return copied.eval()
 
 
 _FORWARDS = (

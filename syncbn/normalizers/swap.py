@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from syncbn.batchnorm import SyncBatchNorm
+from syncbn.layers import check_has_size
 from syncbn.normalizers.ghost import GhostBatchNorm
 from syncbn.normalizers.specs import Normalizer
 
@@ -145,8 +145,7 @@ _KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.f
 
 def _check_replaceable(path: str, batchnorm: _BatchNorm) -> None:
     kind = type(batchnorm)
-    if isinstance(batchnorm, LazyModuleMixin):
-        raise ValueError(f"{path} is a {kind.__name__} that has no size yet; run a batch through the model first")
+    check_has_size(path, batchnorm)
     if is_parametrized(batchnorm):
         raise ValueError(f"{path} has parametrized tensors; remove the parametrizations before it is replaced")
     if kind.forward not in _KNOWN_FORWARDS:

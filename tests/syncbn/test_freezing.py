@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,14 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from syncbn import (
     SyncBatchNorm,
+    apply_statistics,
     convert_sync_batchnorm,
     freeze,
     is_frozen,
     population_statistics,
     revert_sync_batchnorm,
     unfreeze,
+    using_statistics,
 )
 from syncbn.normalizers import FrozenNormalizer, replace_batchnorm
 from tests.ranks import run_ranks
@@ -176,20 +180,38 @@ def test_frozen_layers_stay_frozen_through_conversion_and_replacement() -> None:
 
 
 def test_population_statistics_of_a_frozen_model_leave_it_frozen() -> None:
-    model = freeze(_model())
-    plain = population_statistics(_model(), [torch.ones(2, 3), torch.zeros(3, 3)])
-    frozen = population_statistics(model, [torch.ones(2, 3), torch.zeros(3, 3)])
-    assert all(torch.equal(frozen[path].pack(), plain[path].pack()) for path in plain)
+    model, batches = freeze(_model()), [torch.randn(5, 3), torch.randn(2, 3) + 1]
+    population = population_statistics(model, batches)
     assert all(is_frozen(module) for module in _norms(model))
     assert not any(module.training for module in _norms(model))
+    before = copy.deepcopy(model.state_dict())
+    apply_statistics(model, population)
+    with using_statistics(model, population):
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert unfreeze(model).state_dict().keys() == before.keys()
+    assert all(module.training for module in _norms(model))
+
+
+def test_behind_a_frozen_layer_the_population_is_what_that_layer_puts_out() -> None:
+    model = _model().double()
+    batches = [torch.randn(size, 3, dtype=torch.float64) * 2 + 1 for size in (5, 2, 7)]
+    freeze(model[1])
+    population = population_statistics(model, batches)
+    with torch.no_grad():  # the frozen layer is the same affine map for every batch, so all batches may be joined
+        fed = model[1](model[0](torch.cat(batches))).numpy()
+    np.testing.assert_allclose(population["2"].mean.numpy(), fed.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(population["2"].unbiased_var.numpy(), fed.var(0, ddof=1), rtol=1e-10)
+    apply_statistics(model, population)
+    np.testing.assert_allclose(model.get_buffer("2.running_mean").numpy(), fed.mean(0), rtol=1e-10)
 
 
 def test_layers_that_cannot_be_frozen_are_named_before_anything_changes() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)))
     with pytest.raises(ValueError, match=r"1\.0 keeps no running statistics"):
         freeze(model)
-    with pytest.raises(ValueError, match="0 is a LazyBatchNorm1d that has no size yet"):
-        freeze(nn.Sequential(nn.LazyBatchNorm1d()))
+    for refused in (freeze, lambda lazy: population_statistics(lazy, [torch.ones(2, 3)])):
+        with pytest.raises(ValueError, match="0 is a LazyBatchNorm1d that has no size yet"):
+            refused(nn.Sequential(nn.LazyBatchNorm1d()))
     assert not is_frozen(model[0])
     assert model[0].training
 
@@ -204,7 +226,19 @@ def _train_frozen() -> tuple[int, bool]:
     layer = freeze(SyncBatchNorm(3)).train()
     with CollectiveLog() as log:
         layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
-    model = freeze(convert_sync_batchnorm(_model()[0:2]))
+    model = convert_sync_batchnorm(_model()[0:2])
+    _refuse(freeze, DistributedDataParallel(model))
+    freeze(model)
     before = copy.deepcopy(model[1].state_dict())  # type: ignore[index]
-    _train(DistributedDataParallel(model))
+    wrapped = DistributedDataParallel(model)
+    _refuse(unfreeze, wrapped)
+    _train(wrapped)
     return len(log.collectives), all(torch.equal(model[1].state_dict()[name], value) for name, value in before.items())  # type: ignore[index]
+
+
+def _refuse(change: Callable[[nn.Module], nn.Module], wrapped: DistributedDataParallel) -> None:
+    """The wrapper would wait for gradients that do not come, or leave out those that do."""
+    frozen = is_frozen(wrapped.module[1])
+    with pytest.raises(ValueError, match=r"^1 is in DistributedDataParallel.* wrap that anew"):
+        change(nn.Sequential(wrapped))
+    assert is_frozen(wrapped.module[1]) is frozen

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, freeze, is_frozen
 from syncbn.inference import fold_batchnorm, plan_folding
 from syncbn.normalizers import (
     FrozenNormalizer,
@@ -362,6 +362,15 @@ def test_frozen_and_ghost_batchnorms_fold_like_those_they_stand_in_for(normalize
     folded = fold_batchnorm(model)
     assert [type(module) for module in folded.children()] == [nn.Conv2d, nn.Identity, nn.ReLU, nn.BatchNorm2d]
     assert_same(folded, model, batch(4, 3, 5, 5))
+
+
+def test_a_frozen_model_folds_and_stays_frozen_itself() -> None:
+    model = freeze(trained(nn.Sequential(nn.Conv2d(3, 8, 1), SyncBatchNorm(8), nn.ReLU(), nn.BatchNorm2d(8))).double())
+    folded = fold_batchnorm(model)
+    assert [type(module) for module in folded.children()] == [nn.Conv2d, nn.Identity, nn.ReLU, nn.BatchNorm2d]
+    assert b"syncbn" not in pickle.dumps(folded)
+    assert_same(folded, model, batch(4, 3, 5, 5))
+    assert [is_frozen(module) for module in model.children()] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("normalizer", [FrozenNormalizer(), GhostNormalizer(2)], ids=["frozen", "ghost"])
