@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
@@ -95,7 +96,11 @@ class SyncBatchNorm(_BatchNorm):
             return self._forward_beyond_torch(group, input, mask)
         if self.training and is_recomputing():
             return self._forward_uncounted(input)
-        return super().forward(input)
+        return self._forward_as_torch(input)
+
+    def _forward_as_torch(self, input: Tensor) -> Tensor:
+        # Not super's, which in a subclass may be that of torch's SyncBatchNorm.
+        return _BatchNorm.forward(self, input)
 
     def _forward_uncounted(self, input: Tensor) -> Tensor:
         """What torch's layer computes in training, leaving the buffers, which a first run has moved already.
@@ -115,7 +120,7 @@ class SyncBatchNorm(_BatchNorm):
         if self.training or self.running_mean is None:
             return self._normalize_by_batch(group, input, mask)
         assert mask is not None
-        return zero_where_masked(super().forward(zero_where_masked(input, mask)), mask)
+        return zero_where_masked(self._forward_as_torch(zero_where_masked(input, mask)), mask)
 
     def _normalize_by_batch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
         tracked = self.training and self.track_running_stats
@@ -150,3 +155,30 @@ class SyncBatchNorm(_BatchNorm):
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    def __copy__(self) -> SyncBatchNorm:
+        """A copy that shares parameters, buffers and group: what pickling would refuse stays in this process."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """For pickling. A given default group becomes None, which is the default group wherever it is loaded.
+
+        Raises:
+            TypeError: if the layer has any other group, which nothing can hold but the processes that it joins.
+        """
+        if self.process_group not in (None, _default_group()):
+            name = f" '{self.layer_name}'" if self.layer_name else ""
+            raise TypeError(
+                f"cannot pickle the SyncBatchNorm{name}: its process group is a connection, which exists only within "
+                "the processes that it joins; save model.state_dict() instead, or set the layer's process_group to "
+                "None and, where it is loaded, give it a group by convert_sync_batchnorm(model, process_group)"
+            )
+        reduced: tuple[Any, ...] = super().__reduce_ex__(protocol)  # type: ignore[assignment]
+        constructor, args, state, *rest = reduced
+        return constructor, args, {**state, "process_group": None}, *rest
+
+
+def _default_group() -> ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

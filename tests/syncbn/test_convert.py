@@ -1,6 +1,9 @@
 """Conversion to SyncBatchNorm and back: nothing is lost, and what would be lost is refused."""
 
+from __future__ import annotations
+
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,16 @@ from tests.ranks import run_ranks
 
 
 class Labelled(nn.BatchNorm2d):
-    """A subclass that adds what is no forward."""
+    """A subclass that adds what is no forward, and overrides what is none."""
+
+    label = "stem"
+
+    def train(self, mode: bool = True) -> Labelled:
+        return super().train(mode and self.label == "stem")
+
+
+class LabelledSync(nn.SyncBatchNorm):
+    """Of torch's synchronized class, whose own forward refuses the CPU."""
 
     label = "stem"
 
@@ -104,6 +116,46 @@ def test_a_copy_of_a_converted_model_reverts_too() -> None:
 def test_a_subclass_with_its_own_forward_is_refused_before_anything_changes() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(Activated(3)))
     with pytest.raises(ValueError, match=r"1\.0 is a Activated with a forward of its own"):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_what_a_subclass_adds_and_overrides_is_there_in_between(tmp_path: Path) -> None:
+    model = nn.Sequential(Labelled(3), nn.Sequential(Labelled(3), weight_norm(LabelledSync(3))))
+    layers = [module for module in convert_sync_batchnorm(model).modules() if isinstance(module, SyncBatchNorm)]
+    assert [getattr(layer, "label", None) for layer in layers] == ["stem"] * 3
+    assert isinstance(layers[0], Labelled)
+    assert type(layers[0]) is type(layers[1])
+    layers[0].label = "head"
+    model.train()
+    assert [layer.training for layer in layers] == [False, True, True]
+    model(torch.randn(4, 3, 2, 2))
+    assert [int(layer.num_batches_tracked or 0) for layer in layers] == [0, 1, 1]
+    torch.save(layers[0], tmp_path / "layer.pt")
+    copies = [copy.copy(layers[0]), copy.deepcopy(layers[0]), torch.load(tmp_path / "layer.pt", weights_only=False)]
+    for copied in copies:
+        assert type(copied) is type(layers[0])
+        assert not copied.train().training
+        assert type(revert_sync_batchnorm(copied)) is Labelled
+    classes = [type(layer).__mro__[:2] for layer in revert_sync_batchnorm(model).modules() if hasattr(layer, "label")]
+    assert [names[0] for names in classes[:2]] == [Labelled] * 2
+    assert classes[2][1] is LabelledSync  # behind the class of its parametrization
+
+
+def test_a_subclass_of_ours_stays_what_it_is() -> None:
+    class Own(SyncBatchNorm):
+        def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(input, mask).relu()
+
+    layer = Own(3)
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        assert type(change(layer)) is Own
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_a_layer_compiled_by_torchscript_is_refused_by_path() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))))
+    with pytest.raises(ValueError, match=r"1\.0 is a BatchNorm2d compiled by torch\.jit\.script"):
         convert_sync_batchnorm(model)
     assert type(model[0]) is nn.BatchNorm2d
 

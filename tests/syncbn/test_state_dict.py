@@ -104,19 +104,27 @@ def test_a_copy_computes_the_same_and_of_a_deep_one_nothing_is_shared(copied: st
         assert (theirs.data_ptr() == ours.data_ptr()) is (copied == "copy")
 
 
-def test_a_layer_with_a_group_of_its_own_is_copied_with_it_but_not_pickled() -> None:
-    """As torch's; what it learned is in its state dict."""
-    assert run_ranks(2, _copy_with_group) == ["cannot pickle 'torch._C._distributed_c10d.ProcessGroup' object"] * 2
+def test_a_layer_with_a_group_of_its_own_is_copied_with_it_and_pickling_says_what_to_do() -> None:
+    for message in run_ranks(2, _copy_with_group):
+        assert message.startswith("cannot pickle the SyncBatchNorm '0': its process group is a connection")
+        assert "save model.state_dict() instead, or set the layer's process_group to None" in message
 
 
 def _copy_with_group() -> str:
     group = dist.new_group([0, 1])
     model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2), weight_norm(nn.BatchNorm1d(2))), group)
-    for replica in (copy.deepcopy(model), copy.copy(model)):
+    layer = model.get_submodule("0")
+    for replica in (copy.deepcopy(model), copy.copy(model), nn.Sequential(copy.copy(layer))):
         assert all(layer.process_group is group for layer in replica)  # type: ignore[attr-defined]
-    SyncBatchNorm(2, process_group=group).load_state_dict(model[0].state_dict())  # type: ignore[index]
+    SyncBatchNorm(2, process_group=group).load_state_dict(layer.state_dict())
     with pytest.raises(TypeError) as error:
-        pickle.dumps(model[0])  # type: ignore[index]
+        torch.save(model, io.BytesIO())
+    # The default group is what a layer without one uses, here as where it is loaded.
+    for default in (dist.group.WORLD, None):
+        convert_sync_batchnorm(layer, default)
+        loaded = pickle.loads(pickle.dumps(layer))
+        assert loaded.process_group is None
+        assert vars(loaded).keys() == vars(layer).keys()
     return str(error.value)
 
 
