@@ -1,10 +1,24 @@
 """The vocabulary that every part of the service shares: specs, states, telemetry, views. Imports pydantic alone."""
 
-from service.jobs.identifiers import attempt_id, job_of_attempt, new_job_id
+from service.jobs.audit import AuditEntry, AuditPage, AuditRecord
+from service.jobs.identifiers import attempt_id, job_of_attempt, new_job_id, new_key_id
 from service.jobs.job import Attempt, Job, JobEvent, JobPage, LogRecord, MetricSeries, Progress, View
 from service.jobs.launch import LaunchRequest
 from service.jobs.plan import JobPlan, LayerPlan, Outlook, PlannedJob
-from service.jobs.principal import ANONYMOUS, PRINCIPAL_NAME, ApiKey, NewApiKey, Principal, Quota, Role
+from service.jobs.principal import (
+    ADMIN,
+    ANONYMOUS,
+    PRINCIPAL_NAME,
+    ApiKey,
+    Caller,
+    KeyOrder,
+    KeyRotation,
+    NewApiKey,
+    Principal,
+    PrincipalTerms,
+    Quota,
+    Role,
+)
 from service.jobs.report import (
     Convergence,
     ConvergenceVerdict,
@@ -61,6 +75,7 @@ from service.jobs.telemetry import (
 
 __all__ = [
     "ACTIVE_STATES",
+    "ADMIN",
     "ANONYMOUS",
     "PRINCIPAL_NAME",
     "RUNNER",
@@ -70,7 +85,11 @@ __all__ = [
     "ApiKey",
     "Attempt",
     "AttemptEnded",
+    "AuditEntry",
+    "AuditPage",
+    "AuditRecord",
     "Cadence",
+    "Caller",
     "CheckpointSaved",
     "Control",
     "Convergence",
@@ -88,6 +107,8 @@ __all__ = [
     "JobReport",
     "JobSpec",
     "JobState",
+    "KeyOrder",
+    "KeyRotation",
     "LaunchRequest",
     "LayerDrift",
     "LayerPlan",
@@ -104,6 +125,7 @@ __all__ = [
     "PlannedJob",
     "Precision",
     "Principal",
+    "PrincipalTerms",
     "Progress",
     "Quota",
     "RankBatch",
@@ -128,4 +150,5 @@ __all__ = [
     "attempt_id",
     "job_of_attempt",
     "new_job_id",
+    "new_key_id",
 ]

@@ -8,8 +8,12 @@ _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 def new_job_id() -> str:
     """A fresh job identifier: 48 bits of milliseconds, then 80 random bits, as in ULID."""
-    number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
-    return "job_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    return "job_" + _ulid()
+
+
+def new_key_id() -> str:
+    """A fresh identifier of an API key, of the same kind. It is no secret."""
+    return "key_" + _ulid()
 
 
 def attempt_id(job_id: str, number: int) -> str:
@@ -23,3 +27,8 @@ def job_of_attempt(attempt: str) -> tuple[str, int]:
     if not dash or not number.isdigit() or not job_id.startswith("job_"):
         raise ValueError(f"not an attempt id: {attempt!r}; expected <job id>-<number>")
     return job_id, int(number)
+
+
+def _ulid() -> str:
+    number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))

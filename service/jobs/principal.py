@@ -6,11 +6,17 @@ from typing import Annotated
 from pydantic import AwareDatetime, Field
 
 from service.jobs.job import View
+from service.jobs.spec import SpecPart
 
 PRINCIPAL_NAME = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
 ANONYMOUS = "anonymous"
 """The principal of every request where no keys are asked for: a service on loopback, used by its own machine."""
+
+ADMIN = "admin"
+"""The principal of the service's operator, who shows ``SYNCBN_API_TOKEN`` as a key."""
+
+_DAY_S = 86400.0
 
 
 class Role(StrEnum):
@@ -28,7 +34,7 @@ class Role(StrEnum):
         return list(Role).index(self) >= list(Role).index(other)
 
 
-class Quota(View):
+class Quota(SpecPart):
     """What one principal may hold at once; ``null`` is no limit."""
 
     max_running_workers: Annotated[int, Field(ge=0)] | None = None
@@ -39,6 +45,13 @@ class Principal(View):
     """Someone, or some program, that uses the service."""
 
     name: PRINCIPAL_NAME
+    role: Role
+    quota: Quota = Quota()
+
+
+class PrincipalTerms(SpecPart):
+    """What a principal may be and hold, as an admin sets it."""
+
     role: Role
     quota: Quota = Quota()
 
@@ -57,4 +70,24 @@ class ApiKey(View):
 class NewApiKey(ApiKey):
     """A key at its making: the only time that ``key`` is told."""
 
-    key: str
+    key: Annotated[str, Field(repr=False)]
+
+
+class KeyOrder(SpecPart):
+    """A key to be made; without ``expires_in_s`` it is good until it is revoked."""
+
+    principal: PRINCIPAL_NAME
+    expires_in_s: Annotated[float, Field(gt=0, le=3660 * _DAY_S)] | None = None
+
+
+class KeyRotation(SpecPart):
+    """How a key is replaced: the old one stays good for ``grace_s`` more, so that its users can change over."""
+
+    grace_s: Annotated[float, Field(ge=0, le=30 * _DAY_S)] = 0.0
+
+
+class Caller(View):
+    """Who asks, and by which stored key; none where no keys are asked for, or the service's own token was shown."""
+
+    principal: Principal
+    key: ApiKey | None = None
