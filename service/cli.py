@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import structlog
 import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from rich.console import Console
@@ -16,6 +15,7 @@ from service import display
 from service.client import Client
 from service.errors import FieldProblem, InvalidRequest, ServiceError
 from service.jobs import JobSpec, JobState
+from service.log import configure_log
 from service.settings import ClientSettings, Settings
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def serve(
 
     chosen = {"data_dir": data_dir, "host": host, "port": port}
     settings = _checked(lambda: Settings(**{name: value for name, value in chosen.items() if value is not None}))  # type: ignore[arg-type]
-    _configure_log(as_json)
+    configure_log(as_json=as_json)
     run_service(settings, lambda url: _announce(url, settings, as_json))
 
 
@@ -212,17 +212,6 @@ def _announce(url: str, settings: Settings, as_json: bool) -> None:
     else:
         typer.echo(f"syncbn is listening on {url} (data in {settings.data_dir}); Ctrl-C stops it")
     sys.stdout.flush()
-
-
-def _configure_log(as_json: bool) -> None:
-    renderer: structlog.types.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
-    )
-    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    structlog.configure(
-        processors=[structlog.processors.add_log_level, stamp, structlog.processors.format_exc_info, renderer],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _print_json(answer: BaseModel) -> None:

@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Sequence
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,7 +34,8 @@ class RequestIds:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_named)
+        with structlog.contextvars.bound_contextvars(request=request_id):
+            await self._app(scope, receive, send_named)
 
 
 class AllowedHosts:

@@ -1,10 +1,10 @@
 """Every error as one kind of answer: ``application/problem+json`` (RFC 9457), whoever found it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
@@ -15,7 +15,7 @@ from service.errors import FieldProblem, InvalidRequest, ServiceError
 
 MEDIA_TYPE = "application/problem+json"
 
-_log = logging.getLogger(__name__)
+_log = structlog.get_logger("api")
 
 _CODE_OF_STATUS = {
     400: "bad_request",
@@ -134,6 +134,6 @@ def _from_validation(request: Request, error: Exception) -> Response:
 
 def _from_bug(request: Request, error: Exception) -> Response:
     request_id = getattr(request.state, "request_id", "")
-    _log.error("request %s failed", request_id, exc_info=error)
+    _log.error("a request failed", request=request_id, path=request.url.path, exc_info=error)
     detail = f"this is a defect of the service; its log tells more under request id {request_id}"
     return problem(request, 500, ServiceError.code, ServiceError.title, detail)

@@ -1,6 +1,5 @@
 """Whatever goes wrong, the answer is one kind of document."""
 
-import logging
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 
 from service.api.app import MAX_BODY_BYTES
 from service.store import JobStore
@@ -78,13 +78,11 @@ def test_a_host_that_is_this_service(client: TestClient, host: str) -> None:
     assert client.get("/livez", headers={"Host": host}).status_code == 200
 
 
-def test_a_defect_of_the_service_tells_no_more_than_its_request_id(
-    client: TestClient, house: House, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_defect_of_the_service_tells_no_more_than_its_request_id(client: TestClient, house: House) -> None:
     house.parts = {"cluster": 3 / 2}  # type: ignore[dict-item] # a readiness that breaks its promise
-    with caplog.at_level(logging.ERROR, logger="service.api.problems"):
+    with capture_logs() as lines:
         told = _problem(client.get("/readyz"), 500, "service_error")
-    assert told["request_id"] in caplog.text
+    assert [(line["log_level"], line["request"]) for line in lines] == [("error", told["request_id"])]
 
 
 def test_a_store_that_does_not_answer(tmp_path: Path) -> None:
