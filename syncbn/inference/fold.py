@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from syncbn.batchnorm import SyncBatchNorm
 from syncbn.convert import revert_sync_batchnorm
-from syncbn.inference.plan import Norm, plan_for, serving_copy
+from syncbn.inference.plan import CALLED_WITH_A_MASK, Norm, plan_for, serving_copy
 from syncbn.normalizers.swap import forget_batchnorm, put_in_place
 
 _logger = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ def fold_batchnorm(model: nn.Module, example_input: Any = None) -> nn.Module:
     modules are those of ``model`` by path and class, save that a folded BatchNorm is `torch.nn.Identity`, and that
     a BatchNorm that is left is torch's own (a SyncBatchNorm that was built as such becomes what
     `revert_sync_batchnorm` makes of it, so run a batch or give an example). Of BatchNorm nothing of `syncbn` remains,
-    unless a FrozenBatchNorm or a GhostBatchNorm was built by hand and is left. Of DistributedDataParallel, the module
-    inside is copied.
+    unless a layer is called with a mask, or a FrozenBatchNorm or a GhostBatchNorm was built by hand and is left. Of
+    DistributedDataParallel, the module inside is copied.
 
     See `plan_folding` for which are folded and for ``example_input``.
 
@@ -37,7 +38,10 @@ def fold_batchnorm(model: nn.Module, example_input: Any = None) -> nn.Module:
         _fold(modules[layer], modules[path])
     folded = put_in_place(copied, {modules[path]: nn.Identity() for path in plan.folded})
     forget_batchnorm(folded)
-    return revert_sync_batchnorm(folded.eval())
+    for path, module in folded.named_modules():
+        if isinstance(module, SyncBatchNorm) and plan.left[path] != CALLED_WITH_A_MASK:
+            revert_sync_batchnorm(module)
+    return folded.eval()
 
 
 # torch.nn.utils.fusion does the same for most pairs, but in the weights' own precision, and neither for a Linear before

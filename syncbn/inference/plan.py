@@ -1,10 +1,11 @@
 """Which BatchNorm can be folded into which layer, and why others cannot."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def plan_folding(model: nn.Module, example_input: Any = None) -> FoldingPlan:
     Args:
         model: in any mode, on any device.
         example_input: what the model is called with, a tuple for several arguments. It is run once, in evaluation
-            mode, and shows how many dimensions each BatchNorm is given. Without, a Linear followed by a BatchNorm
+            mode, and shows how many dimensions each BatchNorm is given, and which of those that cannot be traced is
+            given a mask. Without, a Linear followed by a BatchNorm
             is taken to see ``(N, C)``; in ``(N, L, C)`` with as many positions ``L`` as channels, BatchNorm would
             normalize positions, and only an example can tell.
     """
@@ -75,6 +77,9 @@ _FORWARDS = (
     FrozenBatchNorm.forward,
 )
 
+CALLED_WITH_A_MASK = "it is called with a mask, by which positions are zeroed"
+"""Why a layer is left that must remain a SyncBatchNorm: torch's takes no mask."""
+
 # How many dimensions the output of a layer has that keeps its channels in dimension 1.
 _OUTPUT_DIMS: Mapping[type[nn.Module], int] = {
     nn.Linear: 2,
@@ -94,15 +99,30 @@ _INPUT_DIMS: Mapping[type[nn.Module], tuple[int, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Example:
+    """What BatchNorms were called with: inputs of how many dimensions, and which of them with a mask."""
+
+    num_dims: dict[nn.Module, set[int]] = field(default_factory=dict)
+    masked: set[nn.Module] = field(default_factory=set)
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note of a call; a forward pre-hook."""
+        values = args[0] if args else kwargs["input"]
+        self.num_dims.setdefault(module, set()).add(values.dim())
+        if (args[1] if len(args) > 1 else kwargs.get("mask")) is not None:
+            self.masked.add(module)
+
+
 def plan_for(model: nn.Module, example_input: Any) -> FoldingPlan:
     """The plan for a `serving_copy`, which keeps no more of the example than a call in evaluation leaves."""
-    num_dims = _num_dims(model, example_input)
+    example = _run(model, example_input)
     calls = Calls(model, (_BatchNorm, FrozenBatchNorm, *_OUTPUT_DIMS))
     folded: dict[str, str] = {}
     left: dict[str, str] = {}
     for path, norm in model.named_modules():
         if isinstance(norm, Norm):
-            found = _layer_for(norm, calls, num_dims.get(norm, set()))
+            found = _layer_for(norm, calls, example)
             if isinstance(found, str):
                 left[path] = found
             else:
@@ -110,13 +130,15 @@ def plan_for(model: nn.Module, example_input: Any) -> FoldingPlan:
     return FoldingPlan(folded, left)
 
 
-def _layer_for(norm: Norm, calls: Calls, num_dims: set[int]) -> Call | str:
+def _layer_for(norm: Norm, calls: Calls, example: _Example) -> Call | str:
     """The call of the layer that can take ``norm`` in, or why there is none."""
     if type(norm).forward not in _FORWARDS:
         return f"{type(norm).__name__} has a forward of its own"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics, and normalizes by each batch"
     own = calls.of(norm)
+    if norm in example.masked or any(len(call.node.all_input_nodes) > 1 for call in own):
+        return CALLED_WITH_A_MASK
     if not own:
         return _why_not_called(calls)
     layer = calls.behind(own[0].node)
@@ -132,7 +154,8 @@ def _layer_for(norm: Norm, calls: Calls, num_dims: set[int]) -> Call | str:
         return f"{layer.path} {reason}"
     if type(layer.module) not in _OUTPUT_DIMS:
         return f"{layer.path} is a {type(layer.module).__name__}, which may do more than torch's layer"
-    return layer if _fits(layer.module, norm, num_dims) else f"its channels are not those of {layer.path}"
+    fits = _fits(layer.module, norm, example.num_dims.get(norm, set()))
+    return layer if fits else f"its channels are not those of {layer.path}"
 
 
 def _why_not_called(calls: Calls) -> str:
@@ -152,22 +175,15 @@ def _fits(layer: nn.Module, norm: Norm, num_dims: set[int]) -> bool:
 
 
 @torch.no_grad()
-def _num_dims(model: nn.Module, example_input: Any) -> dict[nn.Module, set[int]]:
-    """By BatchNorm, the numbers of dimensions it was given when ``model`` ran the example; empty without one."""
-    seen: dict[nn.Module, set[int]] = {}
+def _run(model: nn.Module, example_input: Any) -> _Example:
+    """What each BatchNorm was called with when ``model`` ran the example; nothing is known without one."""
+    seen = _Example()
     if example_input is None:
         return seen
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, Norm):
-                handle = module.register_forward_pre_hook(partial(_note_dims, seen), with_kwargs=True)
+                handle = module.register_forward_pre_hook(seen.note, with_kwargs=True)
                 stack.callback(handle.remove)
         model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
     return seen
-
-
-def _note_dims(
-    seen: dict[nn.Module, set[int]], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    values = args[0] if args else kwargs["input"]
-    seen.setdefault(module, set()).add(values.dim())

@@ -1,6 +1,7 @@
 """InstanceNorm: torch's, for any number of spatial dimensions, and never mistaking a batch for a sample."""
 
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 
@@ -20,6 +21,8 @@ class InstanceNorm(_InstanceNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; see the class."""
         self._check_input_dim(input)
+        if len(input) == 0:  # which torch's operator does not take
+            return F.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
         normalized: Tensor = self._apply_instance_norm(input)  # type: ignore[no-untyped-call]
         return normalized
 

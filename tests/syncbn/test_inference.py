@@ -345,6 +345,30 @@ class TwoInputs(nn.Module):
         return result
 
 
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 8, 1)
+        self.bn = SyncBatchNorm(8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.bn(self.conv(tokens), mask=tokens[:, 0] != 0)
+        return result
+
+
+class Untraceable(Padded):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) if tokens.sum() > 0 else tokens
+
+
+@pytest.mark.parametrize("kind", [Padded, Untraceable])
+def test_a_batchnorm_that_is_called_with_a_mask_stays_ours(kind: type[nn.Module]) -> None:
+    model, tokens = trained(kind()).double(), batch(2, 3, 5).abs()
+    tokens[1, :, 2:] = 0.0
+    assert plan_folding(model, tokens).left == {"bn": "it is called with a mask, by which positions are zeroed"}
+    assert_same(fold_batchnorm(model, tokens), model, tokens)
+
+
 def test_nothing_of_this_library_is_left_in_the_folded_model() -> None:
     model = trained(TwoInputs()).double()
     inputs = (batch(4, 3, 5), batch(4, 8, 5, seed=1))

@@ -127,6 +127,20 @@ def test_each_member_is_its_paper_s_formula_over_its_axes(
 
 
 @pytest.mark.parametrize("normalizer", ALL, ids=str)
+def test_a_batch_of_nothing_passes_with_gradients_of_zero(normalizer: Normalizer) -> None:
+    layer = replaced(4, normalizer)
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    nothing = torch.empty(0, 8, 4, 3, dtype=torch.float64, requires_grad=True)
+    if isinstance(normalizer, GhostNormalizer):  # in training it counts a batch, as BatchNorm does
+        layer.eval()
+    output = layer(nothing)
+    output.sum().backward()
+    assert output.shape == nothing.shape
+    assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in layer.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+@pytest.mark.parametrize("normalizer", ALL, ids=str)
 def test_without_weight_and_bias_the_member_has_none_either(normalizer: Normalizer) -> None:
     layer = replaced(4, normalizer, affine=False)
     assert "weight" not in layer.state_dict()
