@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/planner.py": {"service.jobs", "service.errors"},
     "service/jobs": {"pydantic", "pydantic_core"},
     "service/reports": {"service.jobs", "numpy", "scipy"},
-    "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "numpy"},
+    "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "alembic", "numpy"},
     "service/scheduler": {"service.jobs", "service.errors", "service.store", "pydantic", "structlog"},
     "service/training": {"syncbn", "service.jobs", "torch", "numpy", "pydantic"},
     "service/cluster": {

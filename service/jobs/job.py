@@ -41,6 +41,10 @@ class Job(View):
     phase: Phase | None = None
     reason: Reason | None = None
     detail: str = ""
+    state_since: AwareDatetime
+    """When the state last changed."""
+    stop_saves: bool = False
+    """Whether a job on its way to be cancelled first saves a checkpoint."""
     attempt: int = 0
     """Number of the newest attempt; 0 before the first."""
     progress: Progress | None = None

@@ -10,11 +10,15 @@ from sqlalchemy import Connection, func, insert, select
 from service.errors import NotFound, Unauthorized
 from service.jobs import Attempt, AttemptEnded, Job, JobState, Phase, job_of_attempt
 from service.store.jobs import change_state
+from service.store.leases import Lease
 from service.store.schema import attempts, ranks
 
 
-def start_attempt(connection: Connection, job: Job, now: datetime) -> tuple[Job, str]:
-    """The job in its next attempt, and the token with which that attempt reports: 256 random bits in hex."""
+def start_attempt(connection: Connection, job: Job, now: datetime, lease: Lease | None = None) -> tuple[Job, str]:
+    """The job in its next attempt, and the token with which that attempt reports: 256 random bits in hex.
+
+    Of writers that saw the same job one wins, as `change_state` says. Raises: Conflict, LeaseLost.
+    """
     token = secrets.token_hex(32)
     started = change_state(
         connection,
@@ -25,6 +29,7 @@ def start_attempt(connection: Connection, job: Job, now: datetime) -> tuple[Job,
         detail="",
         now=now,
         new_attempt=True,
+        lease=lease,
     )
     row = {"job_id": job.id, "number": started.attempt, "token_sha256": _sha256(token), "created_at": now}
     connection.execute(insert(attempts).values(row))

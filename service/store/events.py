@@ -12,6 +12,9 @@ from service.store.schema import events, jobs
 
 STATE_CHANGED = "state_changed"
 PHASE_CHANGED = "phase_changed"
+CHECKPOINT_REQUESTED = "checkpoint_requested"
+RESIZED = "resized"
+PRIORITY_CHANGED = "priority_changed"
 
 
 @dataclass(frozen=True)

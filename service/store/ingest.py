@@ -31,8 +31,8 @@ from service.store.received import Received
 from service.store.schema import attempts, jobs, ranks
 from service.store.steps import mean_loss, store_steps
 
-_WANTED = frozenset({JobState.STARTING, JobState.RUNNING, JobState.PAUSING})
-"""States in which the newest attempt shall go on."""
+_TELLS_PHASE = frozenset({JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})
+"""States in which the newest attempt says in which phase it is; in others the scheduler does."""
 
 _MAX_STEP = 2**31
 
@@ -64,28 +64,40 @@ def ingest(connection: Connection, attempt_id: str, token: str, batch: IngestBat
     hole are stored at once and remembered; a sender that still has the hole's facts goes back to ``next_seq`` and
     may send everything from there again, one that has not simply goes on.
 
-    An attempt that is no longer the newest, or whose job is terminal, is told to abort and nothing is stored; while
-    a job is cancelling, recovering, queued or paused its newest attempt is told to abort, but is still listened to.
+    An attempt that is no longer the newest, or whose job is terminal, is told to abort and nothing is stored. While a
+    job is starting or running its newest attempt is told to go on; while it is pausing, or cancelling in a way that
+    saves first, to stop; in every other state to abort. It is listened to in all of them.
+
+    The job's row is locked from being read on: of several that post for one job each waits for the one before, and
+    sees all that it stored, whichever database this is.
 
     Raises: Unauthorized; InvalidRequest for a rank that the job has not, a time or a step that cannot be.
     """
     job_id, attempt = authorize(connection, attempt_id, token)
-    job = get_job(connection, job_id, now)
+    job = get_job(connection, job_id, now, lock=True)
     _check(batch, job.spec.num_workers)
     known = _load_ranks(connection, job_id, attempt)
     if job.state.terminal or job.attempt != attempt:
-        return _reply(Control.ABORT, known)
+        return _reply(Control.ABORT, job, known)
     facts = [fact for part in batch.batches for fact in _new_facts(part, known)]
     touched = {part.rank for part in batch.batches}
     _store_ranks(connection, job_id, attempt, {rank: known[rank] for rank in touched})
     _store_facts(connection, job, facts)
     _store_attempt(connection, job, facts, now)
     _store_job(connection, job, facts, known, now)
-    return _reply(Control.CONTINUE if job.state in _WANTED else Control.ABORT, known)
+    return _reply(_control(job), job, known)
 
 
-def _reply(control: Control, known: dict[int, _Rank]) -> IngestReply:
-    return IngestReply(control=control, next_seq={rank: known[rank].received.next_seq for rank in sorted(known)})
+def _control(job: Job) -> Control:
+    if job.state in (JobState.STARTING, JobState.RUNNING):
+        return Control.CONTINUE
+    stopping = job.state is JobState.PAUSING or (job.state is JobState.CANCELLING and job.stop_saves)
+    return Control.STOP if stopping else Control.ABORT
+
+
+def _reply(control: Control, job: Job, known: dict[int, _Rank]) -> IngestReply:
+    next_seq = {rank: known[rank].received.next_seq for rank in sorted(known)}
+    return IngestReply(control=control, next_seq=next_seq, checkpoint_requests=job.checkpoint_requests)
 
 
 def _check(batch: IngestBatch, num_workers: int) -> None:
@@ -146,7 +158,7 @@ def _store_facts(connection: Connection, job: Job, facts: Sequence[_Fact]) -> No
         if isinstance(event, LogLine):
             lines.append(NewLine(fact.time, job.attempt, fact.rank, event.level, event.text))
         elif isinstance(event, PhaseChanged):
-            if event.phase is not phase and _may_say_phase(job):
+            if event.phase is not phase and job.state in _TELLS_PHASE:
                 phase = event.phase
                 said = {"phase": phase, "reason": job.reason, "detail": job.detail}
                 events.append(phase_changed(fact.time, job.attempt, rank=fact.rank, **said))
@@ -158,11 +170,6 @@ def _store_facts(connection: Connection, job: Job, facts: Sequence[_Fact]) -> No
     append_events(connection, job.id, events)
     if phase is not job.phase:
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(phase=phase))
-
-
-def _may_say_phase(job: Job) -> bool:
-    # Of a job that recovers or waits the scheduler tells the phase, not the attempt that is over.
-    return job.state in _WANTED or job.state is JobState.CANCELLING
 
 
 def _store_attempt(connection: Connection, job: Job, facts: Sequence[_Fact], now: datetime) -> None:

@@ -1,22 +1,24 @@
-"""Jobs: birth, views, and the changes of state that only one writer can win."""
+"""Jobs as they stand, and the changes of state that only one writer can win."""
 
-import hashlib
 import json
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, select, update
 
-from service.errors import Conflict, FieldProblem, InvalidRequest, NotFound
-from service.jobs import TRANSITIONS, Job, JobSpec, JobState, Phase, Progress, Reason, ReasonClass, new_job_id
+from service.errors import Conflict, NotFound
+from service.jobs import TRANSITIONS, Job, JobSpec, JobState, Phase, Progress, Reason, ReasonClass
 from service.store.events import PHASE_CHANGED, STATE_CHANGED, NewEvent, append_events, bodies_of_type
-from service.store.schema import idempotency_keys, jobs
+from service.store.leases import Lease, require_lease
+from service.store.schema import jobs
 
 SILENCE = timedelta(seconds=15)
 """Three heartbeats of 5 s; runners report more often than that. A longer silence makes a job stale."""
 
-_MAX_KEY_LENGTH = 255
+_IDS_AT_ONCE = 1000
+"""A statement takes a bounded number of values on every database."""
 
 
 def job_of_row(row: Row[Any], now: datetime) -> Job:
@@ -26,12 +28,19 @@ def job_of_row(row: Row[Any], now: datetime) -> Job:
     return Job(
         id=row.id,
         spec=JobSpec.model_validate_json(row.spec),
+        owner=row.owner,
         state=state,
         phase=row.phase,
         reason=row.reason,
         detail=row.detail,
+        state_since=row.state_since,
+        stop_saves=row.stop_saves,
         attempt=row.attempt,
         progress=None if row.progress is None else Progress.model_validate_json(row.progress),
+        queue_position=row.queue_position,
+        retry_of=row.retry_of,
+        start_checkpoint=row.start_checkpoint,
+        checkpoint_requests=row.checkpoint_requests,
         version=row.version,
         created_at=row.created_at,
         updated_at=row.updated_at,
@@ -44,9 +53,11 @@ def job_of_row(row: Row[Any], now: datetime) -> Job:
     )
 
 
-def get_job(connection: Connection, job_id: str, now: datetime) -> Job:
-    """The job. Raises NotFound."""
-    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+def get_job(connection: Connection, job_id: str, now: datetime, *, lock: bool = False) -> Job:
+    """The job; with ``lock`` nobody else can change it until the transaction ends. Raises NotFound."""
+    query = select(jobs).where(jobs.c.id == job_id)
+    # Rows that refer to the job's may still be added meanwhile: their keys do not change.
+    row = connection.execute(query.with_for_update(key_share=True) if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"there is no job {job_id}")
     return job_of_row(row, now)
@@ -65,55 +76,14 @@ def unfinished_jobs(connection: Connection, now: datetime) -> list[Job]:
     return [job_of_row(row, now) for row in connection.execute(query)]
 
 
-def create_job(connection: Connection, spec: JobSpec, idempotency_key: str | None, now: datetime) -> tuple[Job, bool]:
-    """A queued job with its first event, or the job that was made under the same key before."""
-    earlier = None if idempotency_key is None else recall_job(connection, spec, idempotency_key, now)
-    if earlier is not None:
-        return earlier, False
-    job_id = _insert_job(connection, spec, now)
-    if idempotency_key is not None:
-        record = {"key": idempotency_key, "job_id": job_id, "spec_sha256": _fingerprint(spec), "created_at": now}
-        connection.execute(insert(idempotency_keys).values(record))
-    return get_job(connection, job_id, now), True
-
-
-def recall_job(connection: Connection, spec: JobSpec, key: str, now: datetime) -> Job | None:
-    """The job that was made under this key, if any. Raises InvalidRequest where it was made of another spec."""
-    if not 1 <= len(key) <= _MAX_KEY_LENGTH or not key.isprintable() or not key.isascii():
-        text = f"must be 1 to {_MAX_KEY_LENGTH} printable ASCII letters"
-        raise InvalidRequest([FieldProblem("/Idempotency-Key", "idempotency_key_invalid", text)])
-    row = connection.execute(select(idempotency_keys).where(idempotency_keys.c.key == key)).one_or_none()
-    if row is None:
-        return None
-    if row.spec_sha256 != _fingerprint(spec):
-        text = f"was used before for another spec, which became {row.job_id}; choose a fresh key"
-        raise InvalidRequest([FieldProblem("/Idempotency-Key", "idempotency_key_reused", text)])
-    return get_job(connection, row.job_id, now)
-
-
-def _fingerprint(spec: JobSpec) -> str:
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
-
-
-def _insert_job(connection: Connection, spec: JobSpec, now: datetime) -> str:
-    job_id = new_job_id()
-    connection.execute(
-        insert(jobs).values(
-            id=job_id,
-            name=spec.name,
-            spec=spec.model_dump_json(),
-            state=JobState.QUEUED,
-            detail="",
-            attempt=0,
-            version=1,
-            num_events=0,
-            num_logs=0,
-            created_at=now,
-            updated_at=now,
-        )
-    )
-    append_events(connection, job_id, [_state_changed(now, None, JobState.QUEUED, 0, None, None, "")])
-    return job_id
+def states_of(connection: Connection, ids: Iterable[str]) -> dict[str, JobState]:
+    """The state of each of these jobs; one that does not exist is absent."""
+    wanted = sorted(set(ids))
+    states: dict[str, JobState] = {}
+    for start in range(0, len(wanted), _IDS_AT_ONCE):
+        query = select(jobs.c.id, jobs.c.state).where(jobs.c.id.in_(wanted[start : start + _IDS_AT_ONCE]))
+        states |= {row.id: JobState(row.state) for row in connection.execute(query)}
+    return states
 
 
 def change_state(
@@ -126,10 +96,13 @@ def change_state(
     detail: str,
     now: datetime,
     new_attempt: bool = False,
+    stop_saves: bool = False,
+    spec: JobSpec | None = None,
+    lease: Lease | None = None,
 ) -> Job:
-    """Move the job on if it is still what the caller saw: the same state and version.
+    """Move the job on if it is still what the caller saw, and the caller still the holder of ``lease``.
 
-    Raises: Conflict where the table of transitions has no such step, or another writer was first.
+    Raises: Conflict where the table of transitions has no such step, or another writer was first; LeaseLost.
     """
     if to not in TRANSITIONS[job.state]:
         raise Conflict(f"{job.id} is {job.state}; from there it cannot become {to}")
@@ -138,23 +111,37 @@ def change_state(
         "phase": None if to.terminal else phase,
         "reason": reason,
         "detail": detail,
-        "version": job.version + 1,
+        "state_since": now,
+        "stop_saves": stop_saves,
+        "queue_position": None,
         "updated_at": now,
     }
+    if spec is not None:
+        changes["spec"] = spec.model_dump_json()
     if new_attempt:
         changes |= {"attempt": job.attempt + 1, "heartbeat_at": None}
     if to is JobState.RUNNING and job.started_at is None:
         changes["started_at"] = now
     if to.terminal:
         changes["finished_at"] = now
-    unchanged = (jobs.c.id == job.id, jobs.c.version == job.version, jobs.c.state == job.state)
-    if connection.execute(update(jobs).where(*unchanged).values(changes)).rowcount != 1:
-        current = get_job(connection, job.id, now)
-        raise Conflict(f"{job.id} has changed meanwhile: it is {current.state}, version {current.version}")
+    require_lease(connection, lease)
+    compare_and_set(connection, job, changes, now)
     attempt = changes.get("attempt", job.attempt)
-    event = _state_changed(now, job.state, to, attempt, changes["phase"], reason, detail)
+    event = state_changed(now, job.state, to, attempt, changes["phase"], reason, detail)
     append_events(connection, job.id, [event])
     return get_job(connection, job.id, now)
+
+
+def compare_and_set(connection: Connection, job: Job, changes: dict[str, Any], now: datetime) -> None:
+    """Change the job, and count the change, if it still has the state and version that the caller saw.
+
+    One statement compares and sets, so of writers that saw the same version one wins. Raises: Conflict.
+    """
+    unchanged = (jobs.c.id == job.id, jobs.c.version == job.version, jobs.c.state == job.state)
+    changed = update(jobs).where(*unchanged).values(changes | {"version": job.version + 1})
+    if connection.execute(changed).rowcount != 1:
+        current = get_job(connection, job.id, now)
+        raise Conflict(f"{job.id} has changed meanwhile: it is {current.state}, version {current.version}")
 
 
 def describe_job(
@@ -165,9 +152,14 @@ def describe_job(
     reason: Reason | EllipsisType | None,
     detail: str | EllipsisType,
     now: datetime,
+    lease: Lease | None = None,
 ) -> Job:
-    """Change what is said of a job that is not terminal, with an event if anything changed; ``...`` leaves as is."""
-    job = get_job(connection, job_id, now)
+    """Change what is said of a job that is not terminal, with an event if anything changed; ``...`` leaves as is.
+
+    The job is locked from being read on, so that it cannot become terminal before it is written. Raises: LeaseLost.
+    """
+    require_lease(connection, lease)
+    job = get_job(connection, job_id, now, lock=True)
     said: dict[str, Any] = {"phase": job.phase, "reason": job.reason, "detail": job.detail}
     wanted = {"phase": phase, "reason": reason, "detail": detail}
     changes = {name: value for name, value in wanted.items() if value is not ... and value != said[name]}
@@ -192,7 +184,7 @@ def phase_changed(
     return NewEvent(time, PHASE_CHANGED, body, attempt, rank)
 
 
-def _state_changed(
+def state_changed(
     now: datetime,
     before: JobState | None,
     to: JobState,
@@ -201,6 +193,7 @@ def _state_changed(
     reason: Reason | None,
     detail: str,
 ) -> NewEvent:
+    """The event that tells a change of state; ``before`` is None at the job's birth."""
     body = {"from": before, "to": to, "reason": reason, "detail": detail, "phase": phase}
     return NewEvent(now, STATE_CHANGED, json.dumps(body), attempt or None)
 

@@ -20,8 +20,14 @@ def job_page(
     states: Collection[JobState] | None,
     name: str | None,
     now: datetime,
+    *,
+    owner: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
 ) -> JobPage:
-    """At most ``limit`` jobs in any of ``states`` and exactly of that ``name``.
+    """At most ``limit`` jobs in any of ``states``, exactly of that ``name`` and ``owner``.
+
+    The span of time includes ``created_after`` and excludes ``created_before``, so that spans can follow each other.
 
     Raises: InvalidRequest where the cursor was not made here.
     """
@@ -30,6 +36,12 @@ def job_page(
         query = query.where(jobs.c.state.in_(sorted(states)))
     if name is not None:
         query = query.where(jobs.c.name == name)
+    if owner is not None:
+        query = query.where(jobs.c.owner == owner)
+    if created_after is not None:
+        query = query.where(jobs.c.created_at >= created_after)
+    if created_before is not None:
+        query = query.where(jobs.c.created_at < created_before)
     if cursor is not None:
         created_at, job_id = _parse(cursor)
         same_time = and_(jobs.c.created_at == created_at, jobs.c.id < job_id)

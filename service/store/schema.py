@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Boolean,
     Column,
@@ -18,10 +19,13 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    event,
+    false,
 )
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What ``schema_version`` holds for good: services from before there were migrations refuse any number but 1."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -77,13 +81,21 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(64), primary_key=True),
+    Column("owner", String(64), nullable=False, server_default="anonymous"),
     Column("name", Text, nullable=False),
     Column("spec", Text, nullable=False),
+    Column("priority", Integer, nullable=False, server_default="0"),
     Column("state", String(16), nullable=False),
+    Column("state_since", UtcTime, nullable=False),
     Column("phase", String(32)),
     Column("reason", String(32)),
     Column("detail", Words, nullable=False),
+    Column("queue_position", Integer),
+    Column("stop_saves", Boolean, nullable=False, server_default=false()),
     Column("attempt", Integer, nullable=False),
+    Column("retry_of", String(64)),
+    Column("start_checkpoint", Text),
+    Column("checkpoint_requests", Integer, nullable=False, server_default="0"),
     Column("progress", Text),
     Column("version", Integer, nullable=False),
     Column("num_events", Integer, nullable=False),
@@ -96,15 +108,26 @@ jobs = Table(
     Column("heartbeat_at", UtcTime),
     Index("jobs_by_age", "created_at", "id"),
     Index("jobs_by_state", "state", "created_at", "id"),
+    Index("jobs_by_owner", "owner", "created_at", "id"),
 )
 
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
+    Column("owner", String(64), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("job_id", ForeignKey("jobs.id"), nullable=False),
     Column("spec_sha256", String(64), nullable=False),
     Column("created_at", UtcTime, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", Text),
+    Column("token", Integer, nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
 )
 
 attempts = Table(
@@ -169,3 +192,62 @@ steps = Table(
     # The rows lie in the order in which they are read, step by step; databases other than SQLite ignore this.
     sqlite_with_rowid=False,
 )
+
+principals = Table(
+    "principals",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("max_running_workers", Integer),
+    Column("max_queued_jobs", Integer),
+    Column("created_at", UtcTime, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("principal", String(64), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Column("last_used_at", UtcTime),
+    Index("api_keys_by_principal", "principal", "id"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("time", UtcTime, nullable=False),
+    Column("principal", String(64)),
+    Column("key_id", String(64)),
+    Column("address", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("target", Words, nullable=False),
+    Column("detail", Words, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("code", String(64)),
+    Column("request_id", String(64), nullable=False),
+    Index("audit_by_principal", "principal", "seq"),
+)
+
+_AUDIT_KEEPERS = {
+    "sqlite": tuple(
+        f"CREATE TRIGGER audit_refuses_{change} BEFORE {change} ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END"
+        for change in ("update", "delete")
+    ),
+    "postgresql": (
+        "CREATE OR REPLACE FUNCTION audit_refuses() RETURNS trigger LANGUAGE plpgsql "
+        "AS $$ BEGIN RAISE EXCEPTION 'the audit trail is only added to'; END $$",
+        "CREATE TRIGGER audit_refuses BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION audit_refuses()",
+    ),
+}
+"""What makes the database itself refuse to change the audit trail."""
+
+for _dialect, _statements in _AUDIT_KEEPERS.items():
+    for _statement in _statements:
+        event.listen(audit, "after_create", DDL(_statement).execute_if(dialect=_dialect))

@@ -1,15 +1,16 @@
 """JobStore: the one door to the service's memory, for any number of threads."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import EllipsisType
 from typing import Self
 
-from sqlalchemy import select
+from sqlalchemy import literal, select
 
 from service.errors import Conflict
 from service.jobs import (
+    ANONYMOUS,
     Attempt,
     Drift,
     Evaluation,
@@ -27,9 +28,13 @@ from service.jobs import (
     Reason,
     ReasonClass,
 )
-from service.store import attempts, checkups, events, ingest, jobs, logs, pages, steps
-from service.store.engine import Database, open_sqlite
-from service.store.schema import schema_version
+from service.store import attempts, births, checkups, events, ingest, jobs, leases, logs, pages, steering, steps
+from service.store.engine import Database
+from service.store.api_keys import ApiKeys
+from service.store.audit import AuditTrail
+from service.store.leases import Lease
+from service.store.principals import Principals
+from service.store.sqlite import open_sqlite
 
 
 def utc_now() -> datetime:
@@ -47,6 +52,9 @@ class JobStore:
     def __init__(self, database: Database, clock: Callable[[], datetime] = utc_now) -> None:
         self._database = database
         self._clock = clock
+        self.principals = Principals(database, clock)
+        self.keys = ApiKeys(database, clock)
+        self.audit = AuditTrail(database, clock)
 
     @classmethod
     def open(cls, path: Path, *, busy_timeout_s: float = 5.0, clock: Callable[[], datetime] = utc_now) -> Self:
@@ -60,22 +68,38 @@ class JobStore:
     def ping(self) -> None:
         """Return if the database answers."""
         with self._database.read() as connection:
-            connection.execute(select(schema_version.c.version)).scalar_one()
+            connection.execute(select(literal(1))).scalar_one()
 
     # Jobs
 
-    def create(self, spec: JobSpec, idempotency_key: str | None = None) -> tuple[Job, bool]:
-        """A new queued job and True, or the job that the same key and spec made before and False.
+    def create(
+        self,
+        spec: JobSpec,
+        idempotency_key: str | None = None,
+        *,
+        owner: str = ANONYMOUS,
+        retry_of: str | None = None,
+        start_checkpoint: str | None = None,
+    ) -> tuple[Job, bool]:
+        """A new queued job and True, or the job that the same owner, key and spec made before and False.
 
-        Raises: InvalidRequest where the key was used with another spec.
+        Raises: InvalidRequest where the owner used the key with another spec, or has not the jobs in ``spec.after``.
         """
         with self._database.write() as connection:
-            return jobs.create_job(connection, spec, idempotency_key, self._clock())
+            return births.create_job(
+                connection,
+                spec,
+                idempotency_key,
+                self._clock(),
+                owner=owner,
+                retry_of=retry_of,
+                start_checkpoint=start_checkpoint,
+            )
 
-    def recall(self, spec: JobSpec, idempotency_key: str) -> Job | None:
-        """The job that this key and spec made before, if they did. Raises: InvalidRequest as `create` does."""
+    def recall(self, spec: JobSpec, idempotency_key: str, *, owner: str = ANONYMOUS) -> Job | None:
+        """The job that this owner, key and spec made before, if they did. Raises: InvalidRequest as `create` does."""
         with self._database.read() as connection:
-            return jobs.recall_job(connection, spec, idempotency_key, self._clock())
+            return births.recall_job(connection, spec, idempotency_key, owner, self._clock())
 
     def get(self, job_id: str) -> Job:
         """The job as it stands."""
@@ -88,15 +112,37 @@ class JobStore:
         cursor: str | None = None,
         states: Collection[JobState] | None = None,
         name: str | None = None,
+        *,
+        owner: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
     ) -> JobPage:
-        """A page of jobs, newest first; ``cursor`` is a former page's ``next_cursor``."""
+        """A page of jobs, newest first; ``cursor`` is a former page's ``next_cursor``.
+
+        The span of time includes ``created_after`` and excludes ``created_before``.
+        """
         with self._database.read() as connection:
-            return pages.job_page(connection, limit, cursor, states, name, self._clock())
+            return pages.job_page(
+                connection,
+                limit,
+                cursor,
+                states,
+                name,
+                self._clock(),
+                owner=owner,
+                created_after=created_after,
+                created_before=created_before,
+            )
 
     def unfinished(self) -> list[Job]:
         """Every job that is not terminal, oldest first."""
         with self._database.read() as connection:
             return jobs.unfinished_jobs(connection, self._clock())
+
+    def states_of(self, ids: Iterable[str]) -> dict[str, JobState]:
+        """The state of each of these jobs; one that does not exist is absent."""
+        with self._database.read() as connection:
+            return jobs.states_of(connection, ids)
 
     def transition(
         self,
@@ -106,13 +152,28 @@ class JobStore:
         phase: Phase | None = None,
         reason: Reason | None = None,
         detail: str = "",
+        stop_saves: bool = False,
+        lease: Lease | None = None,
     ) -> Job:
-        """Move the job on, with its event. ``version`` counts these moves and nothing else.
+        """Move the job on, with its event. ``version`` counts these moves, and changes of priority.
 
-        Raises: Conflict where the step is not in `TRANSITIONS`, or the job is no longer what the caller saw.
+        ``stop_saves`` tells of a move to cancelling that the job shall save a checkpoint first.
+
+        Raises: Conflict where the step is not in `TRANSITIONS`, or the job is no longer what the caller saw;
+            LeaseLost where ``lease`` is no longer its holder's.
         """
         with self._database.write() as connection:
-            return jobs.change_state(connection, job, to, phase=phase, reason=reason, detail=detail, now=self._clock())
+            return jobs.change_state(
+                connection,
+                job,
+                to,
+                phase=phase,
+                reason=reason,
+                detail=detail,
+                now=self._clock(),
+                stop_saves=stop_saves,
+                lease=lease,
+            )
 
     def describe(
         self,
@@ -121,13 +182,48 @@ class JobStore:
         phase: Phase | EllipsisType | None = ...,
         reason: Reason | EllipsisType | None = ...,
         detail: str | EllipsisType = ...,
+        lease: Lease | None = None,
     ) -> Job:
         """Change what is said of the job, not its state; what is left out stays.
 
-        Writes an event only if something changed. Of a terminal job nothing changes any more.
+        Writes an event only if something changed. Of a terminal job nothing changes any more. Raises: LeaseLost.
         """
         with self._database.write() as connection:
-            return jobs.describe_job(connection, job_id, phase=phase, reason=reason, detail=detail, now=self._clock())
+            return jobs.describe_job(
+                connection, job_id, phase=phase, reason=reason, detail=detail, now=self._clock(), lease=lease
+            )
+
+    def set_queue_positions(self, positions: Mapping[str, int | None], lease: Lease | None = None) -> None:
+        """Remember the place of each queued job; a job that leaves the queue loses its place by itself.
+
+        Costs one read where nothing has changed. Raises: LeaseLost.
+        """
+        with self._database.read() as connection:
+            changed = steering.changed_positions(connection, positions)
+        if changed:
+            with self._database.write() as connection:
+                steering.set_positions(connection, changed, lease)
+
+    def request_checkpoint(self, job_id: str) -> Job:
+        """Ask a starting or running job for a checkpoint, with an event. Raises: Conflict in any other state."""
+        with self._database.write() as connection:
+            return steering.request_checkpoint(connection, job_id, self._clock())
+
+    def resume(self, job: Job, num_workers: int | None = None) -> Job:
+        """Queue a paused job again; another number of workers shares the same number of images a step.
+
+        Raises: Conflict as `transition` does; InvalidRequest at /num_workers where they cannot be shared so.
+        """
+        with self._database.write() as connection:
+            return steering.resume_job(connection, job, num_workers, self._clock())
+
+    def set_priority(self, job: Job, priority: int) -> Job:
+        """Change the job's priority, with an event, while it is not terminal; the same again changes nothing.
+
+        Raises: Conflict as `transition` does; InvalidRequest at /priority.
+        """
+        with self._database.write() as connection:
+            return steering.set_priority(connection, job, priority, self._clock())
 
     def observed(self, job_id: str) -> None:
         """Remember that the cluster has just answered about this job."""
@@ -141,15 +237,15 @@ class JobStore:
 
     # Attempts
 
-    def start_attempt(self, job: Job) -> tuple[Job, str]:
+    def start_attempt(self, job: Job, lease: Lease | None = None) -> tuple[Job, str]:
         """Move a queued or recovering job to starting, in a new attempt with an ingest token of its own.
 
-        From here on older attempts are told to abort. Raises: Conflict as `transition` does.
+        From here on older attempts are told to abort. Raises: Conflict and LeaseLost as `transition` does.
         """
         if job.state not in (JobState.QUEUED, JobState.RECOVERING):
             raise Conflict(f"{job.id} is {job.state}; only a queued or recovering job starts an attempt")
         with self._database.write() as connection:
-            return attempts.start_attempt(connection, job, self._clock())
+            return attempts.start_attempt(connection, job, self._clock(), lease)
 
     def attempt(self, job_id: str, number: int) -> Attempt:
         """An attempt as far as it has reported."""
@@ -160,6 +256,26 @@ class JobStore:
         """Take in what an attempt tells; see `service.store.ingest.ingest`."""
         with self._database.write() as connection:
             return ingest.ingest(connection, attempt_id, token, batch, self._clock())
+
+    # Leases
+
+    def acquire_lease(self, name: str, holder: str, ttl_s: float) -> Lease | None:
+        """The lease for ``ttl_s`` from now on; None while another holder's has not expired.
+
+        A holder that asks again keeps its token; see `service.store.leases`.
+        """
+        with self._database.write() as connection:
+            return leases.acquire_lease(connection, name, holder, ttl_s, self._clock())
+
+    def renew_lease(self, lease: Lease, ttl_s: float) -> bool:
+        """Whether the lease is still its holder's, from now on for ``ttl_s``."""
+        with self._database.write() as connection:
+            return leases.renew_lease(connection, lease, ttl_s, self._clock())
+
+    def release_lease(self, lease: Lease) -> None:
+        """Let anyone take the lease at once."""
+        with self._database.write() as connection:
+            leases.release_lease(connection, lease, self._clock())
 
     # What was told
 

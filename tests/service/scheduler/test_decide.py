@@ -30,7 +30,9 @@ WRONG = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.TRAINING_ERROR, detai
 def job(state: JobState, **timeouts: float) -> Job:
     spec = JobSpec(name="t", epochs=1, num_workers=2, timeouts=Timeouts(**timeouts))
     born = NOW - timedelta(seconds=100)
-    return Job(id="job_1", spec=spec, state=state, attempt=1, version=3, created_at=born, updated_at=born)
+    return Job(
+        id="job_1", spec=spec, state=state, attempt=1, version=3, state_since=born, created_at=born, updated_at=born
+    )
 
 
 def decision(

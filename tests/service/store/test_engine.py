@@ -29,12 +29,12 @@ def test_a_database_of_a_newer_service_is_refused_and_left_alone(tmp_path: Path)
     path = tmp_path / "jobs.sqlite"
     JobStore.open(path).close()
     with sqlite3.connect(path) as other:
-        other.execute("UPDATE schema_version SET version = 99")
+        other.execute("UPDATE alembic_version SET version_num = '9999_later'")
     other.close()
-    with pytest.raises(StoreUnavailable, match=r"version 99, this service knows version 1; .*SYNCBN_DATA_DIR"):
+    with pytest.raises(StoreUnavailable, match=r"9999_later.*newer one has written it; .*SYNCBN_DATA_DIR"):
         JobStore.open(path)
     with sqlite3.connect(path) as other:
-        assert other.execute("SELECT version FROM schema_version").fetchall() == [(99,)]
+        assert other.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999_later",)]
     other.close()
 
 
