@@ -4,17 +4,21 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from fastapi import Depends, Request, Response
+from fastapi import Request, Response
 from pydantic import SecretStr
 
 from service.api import health, ingest, jobs, planning, problems, stream, telemetry
-from service.api.auth import require_api_token
+from service.api.auth import require_role
 from service.api.document import Api
+from service.api.doorkeeper import Doorkeeper
+from service.api.gate import Gate
 from service.api.middleware import AllowedHosts, BodyLimit, RequestIds
 from service.api.parts import Parts, parts_of
+from service.api.rates import RateLimits
+from service.api.recording import Recording
 from service.api.submission import WrongSpec
 from service.errors import FieldProblem, InvalidRequest
-from service.jobs import JobPlan, JobSpec
+from service.jobs import JobPlan, JobSpec, Role
 from service.store import JobStore
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -28,14 +32,15 @@ def create_app(
     readiness: Callable[[], dict[str, str]],
     stopping: threading.Event,
     api_token: SecretStr | None = None,
+    limits: RateLimits | None = None,
     allowed_hosts: Sequence[str] = ("127.0.0.1", "localhost", "[::1]"),
 ) -> Api:
     """The API over ``store``.
 
     ``check_placement`` says why the cluster could never hold a job, ``plan`` what would become of it, ``readiness``
-    the state of each part ("ok" or what is wrong); all are called in worker threads. With an ``api_token`` every
-    ``/v1`` request must carry it, except an attempt's reports, which carry their own. ``stopping`` ends all streams.
-    A host of ``*`` allows any.
+    the state of each part ("ok" or what is wrong); all are called in worker threads. Every ``/v1`` request
+    must show a stored key or ``api_token``, once there is either; an attempt's reports carry their own. ``stopping``
+    ends all streams. A host of ``*`` allows any.
     """
     app = Api(
         title="syncbn",
@@ -45,14 +50,16 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts = Parts(store, check_placement, plan, readiness, api_token, stopping)
+    app.state.parts = Parts(store, check_placement, plan, readiness, stopping)
     problems.install(app)
     app.add_exception_handler(WrongSpec, _refuse_spec)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Gate, doorkeeper=Doorkeeper(store, api_token), limits=limits or RateLimits())
+    app.add_middleware(Recording, store=store)
     app.add_middleware(AllowedHosts, allowed=allowed_hosts)
     app.add_middleware(RequestIds)
     for module in (planning, jobs, telemetry, stream):
-        app.include_router(module.router, dependencies=[Depends(require_api_token)])
+        app.include_router(module.router, dependencies=[require_role(Role.READER)])
     app.include_router(ingest.router)
     app.include_router(health.router)
     return app

@@ -1,41 +1,59 @@
-"""Who may ask: the bearer of the service's token, where one is set; and what kind of body may be sent."""
+"""Who may ask for what: roles, whose jobs are whose; and what kind of body may be sent."""
 
-import hmac
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from service.api.parts import PartsOf
-from service.errors import Forbidden, Unauthorized
-from service.jobs import ANONYMOUS, Principal, Role
+from service.api.parts import Store
+from service.errors import Forbidden, NotFound, Unauthorized
+from service.jobs import Caller, Principal, Role
 
-_api_bearer = HTTPBearer(auto_error=False, scheme_name="api token", description="SYNCBN_API_TOKEN, where one is set.")
+_api_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="api key",
+    description="A key that an admin has made, or SYNCBN_API_TOKEN; beside it stands the least role that is needed. "
+    "A service on loopback that has no keys asks for none.",
+)
 _attempt_bearer = HTTPBearer(auto_error=False, scheme_name="ingest token", description="The token of one attempt.")
 
 _Credentials = HTTPAuthorizationCredentials | None
 
 
-def require_api_token(parts: PartsOf, given: Annotated[_Credentials, Depends(_api_bearer)]) -> None:
-    """Let the request pass if the service has no token, or the request carries it. Raises Unauthorized."""
-    if parts.api_token is None:
-        return
-    expected = parts.api_token.get_secret_value().encode()
-    if given is None or not hmac.compare_digest(given.credentials.encode(), expected):
-        raise Unauthorized("this service needs its API token, as a bearer token; see SYNCBN_API_TOKEN")
+async def _caller(request: Request, _documented: Annotated[_Credentials, Depends(_api_bearer)]) -> Caller:
+    caller = getattr(request.state, "caller", None)
+    if not isinstance(caller, Caller):  # a route outside the gate: a mistake of ours, which shall open nothing
+        raise Unauthorized("nobody is known to have asked")
+    return caller
 
 
-def _asker(parts: PartsOf, given: Annotated[_Credentials, Depends(_api_bearer)]) -> Principal:
-    require_api_token(parts, given)
-    return Principal(name=ANONYMOUS if parts.api_token is None else "admin", role=Role.ADMIN)
+WhoCalls = Annotated[Caller, Depends(_caller)]
+"""Who asks and by which key, as the gate before all routes has found out."""
+
+
+async def _asker(caller: WhoCalls) -> Principal:
+    return caller.principal
 
 
 Asker = Annotated[Principal, Depends(_asker)]
-"""Who asks. Raises Unauthorized where nobody is known by the key that the request carries."""
+"""Who asks."""
 
 
-def _judge_role(needed: SecurityScopes, asker: Asker) -> None:
+async def _require_visible(request: Request, asker: Asker, store: Store) -> None:
+    """Let the request pass if the job in its path, where it names one, may be seen by who asks. Raises NotFound."""
+    job_id = request.path_params.get("job_id")
+    if job_id is None or asker.role.includes(Role.ADMIN):
+        return
+    job = await run_in_threadpool(store.get, job_id)
+    if job.owner != asker.name:
+        raise NotFound(f"there is no job {job_id}")  # the same words as for one that does not exist
+
+
+async def _judge_role(
+    needed: SecurityScopes, asker: Asker, _visible: Annotated[None, Depends(_require_visible)]
+) -> None:
     for role in map(Role, needed.scopes):
         if not asker.role.includes(role):
             raise Forbidden(f"this needs the role {role}, and {asker.name} has the role {asker.role}; ask an admin")
@@ -44,7 +62,8 @@ def _judge_role(needed: SecurityScopes, asker: Asker) -> None:
 def require_role(role: Role) -> Any:
     """A dependency that lets only principals of at least this ``role`` pass, and says so in the OpenAPI document.
 
-    For a route's or a router's ``dependencies``. Raises Unauthorized, or Forbidden where the role is a lesser one.
+    For a route's or a router's ``dependencies``; every route below ``/v1`` has one. Where a path names a job
+    (``{job_id}``), others' jobs do not exist for whoever is no admin. Raises: NotFound, Forbidden.
     """
     return Security(_judge_role, scopes=[role])
 

@@ -16,7 +16,10 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?")
 
 
 class RequestIds:
-    """Names each request and tells the name in ``X-Request-ID``, so that an answer can be found in the log."""
+    """Names each request and tells the name in ``X-Request-ID``, so that an answer can be found in the log.
+
+    Adds the fields that others have noted under ``request.state.headers`` on the way.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,7 +34,9 @@ class RequestIds:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers.update(scope["state"].get("headers", {}))
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request=request_id):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
-from pydantic import SecretStr
 
 from service.errors import FieldProblem
 from service.jobs import Job, JobPlan, JobSpec
@@ -24,7 +23,6 @@ class Parts:
     """What would become of such a job."""
     readiness: Callable[[], dict[str, str]]
     """The state of each part; "ok" for what works."""
-    api_token: SecretStr | None
     stopping: threading.Event
     """Set when the service is about to end: streams shall leave."""
 

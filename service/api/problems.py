@@ -1,5 +1,6 @@
 """Every error as one kind of answer: ``application/problem+json`` (RFC 9457), whoever found it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from service.api.pointers import field_problems
-from service.errors import FieldProblem, InvalidRequest, ServiceError
+from service.errors import FieldProblem, InvalidRequest, ServiceError, TooManyRequests
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -69,7 +70,6 @@ def install(app: FastAPI) -> None:
 
 def from_error(request: Request, error: ServiceError) -> Response:
     """The answer to a `ServiceError`."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": _RETRY_AFTER_S}}.get(error.status)
     return problem(
         request,
         error.status,
@@ -78,7 +78,7 @@ def from_error(request: Request, error: ServiceError) -> Response:
         str(error),
         retryable=error.retryable,
         errors=error.problems if isinstance(error, InvalidRequest) else (),
-        headers=headers,
+        headers=_headers(error),
     )
 
 
@@ -95,6 +95,7 @@ def problem(
 ) -> Response:
     """One problem as a response."""
     request_id = getattr(request.state, "request_id", "")
+    request.state.problem_code = code  # for the record of the request
     body = Problem(
         type=f"urn:syncbn:problem:{code}",
         title=title,
@@ -109,6 +110,12 @@ def problem(
     told = {**(headers or {}), "X-Request-ID": request_id}
     content = body.model_dump_json(exclude=None if errors else {"errors"})
     return Response(content, status, headers=told, media_type=MEDIA_TYPE)
+
+
+def _headers(error: ServiceError) -> dict[str, str]:
+    if isinstance(error, TooManyRequests):
+        return {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    return {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": _RETRY_AFTER_S}}.get(error.status, {})
 
 
 def _from_service(request: Request, error: Exception) -> Response:

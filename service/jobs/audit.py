@@ -8,7 +8,6 @@ from service.jobs.job import View
 class AuditEntry(View):
     """One request that would change something, granted or refused, as it was answered."""
 
-    time: AwareDatetime
     principal: str | None = None
     """Who asked; null where no right key was shown."""
     key_id: str | None = None
@@ -32,6 +31,7 @@ class AuditRecord(AuditEntry):
     """An entry in its place in the trail; ``seq`` grows from entry to entry."""
 
     seq: int
+    time: AwareDatetime
 
 
 class AuditPage(View):

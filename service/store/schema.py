@@ -235,10 +235,11 @@ audit = Table(
 )
 
 _AUDIT_KEEPERS = {
-    "sqlite": tuple(
-        f"CREATE TRIGGER audit_refuses_{change} BEFORE {change} ON audit "
-        "BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END"
-        for change in ("update", "delete")
+    "sqlite": (
+        "CREATE TRIGGER audit_refuses_update BEFORE UPDATE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END",
+        "CREATE TRIGGER audit_refuses_delete BEFORE DELETE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END",
     ),
     "postgresql": (
         "CREATE OR REPLACE FUNCTION audit_refuses() RETURNS trigger LANGUAGE plpgsql "
@@ -250,4 +251,5 @@ _AUDIT_KEEPERS = {
 
 for _dialect, _statements in _AUDIT_KEEPERS.items():
     for _statement in _statements:
-        event.listen(audit, "after_create", DDL(_statement).execute_if(dialect=_dialect))
+        _keeper = DDL(_statement)  # type: ignore[no-untyped-call]
+        event.listen(audit, "after_create", _keeper.execute_if(dialect=_dialect))

@@ -1,0 +1,58 @@
+"""The audit trail: only ever added to, which the database itself holds; see `service.store.schema`."""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row, insert, select
+
+from service.errors import FieldProblem, InvalidRequest
+from service.jobs import AuditEntry, AuditPage, AuditRecord
+from service.store.api_keys import redacted
+from service.store.engine import Database
+from service.store.schema import audit
+
+_MAX_LENGTH = 500
+"""Paths come from outside and may be of any length; what is beyond this is cut."""
+
+
+class AuditTrail:
+    """The trail of one database; each method is one transaction."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._clock = clock
+
+    def append(self, entry: AuditEntry) -> None:
+        """Add the entry, less any API key that its texts may hold."""
+        values = entry.model_dump() | {"time": self._clock()}
+        for name in ("action", "target", "detail"):
+            values[name] = redacted(values[name])[:_MAX_LENGTH]
+        with self._database.write() as connection:
+            connection.execute(insert(audit).values(values))
+
+    def page(self, limit: int = 50, cursor: str | None = None, principal: str | None = None) -> AuditPage:
+        """Entries, newest first, of everyone or of one principal; ``cursor`` is a former page's ``next_cursor``.
+
+        Raises: InvalidRequest where the cursor is none.
+        """
+        query = select(audit).order_by(audit.c.seq.desc()).limit(limit + 1)
+        if principal is not None:
+            query = query.where(audit.c.principal == principal)
+        if cursor is not None:
+            query = query.where(audit.c.seq < _parse(cursor))
+        with self._database.read() as connection:
+            found = [_record_of_row(row) for row in connection.execute(query)]
+        more = len(found) > limit
+        return AuditPage(items=tuple(found[:limit]), next_cursor=str(found[limit - 1].seq) if more else None)
+
+
+def _record_of_row(row: Row[Any]) -> AuditRecord:
+    return AuditRecord(**row._mapping)
+
+
+def _parse(cursor: str) -> int:
+    if not cursor.isascii() or not cursor.isdigit() or len(cursor) > 18:
+        text = "is not a cursor of this service; take next_cursor from a page, or leave it out"
+        raise InvalidRequest([FieldProblem("/cursor", "cursor_invalid", text)])
+    return int(cursor)
