@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{options.spec}: {error}\n")
         return 2
-    context = _join(spec, options.storage.absolute())
+    context = _join(spec, options)
     try:
         for event in train(spec, context):
             if context.leads:
@@ -44,17 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service.training", description=__doc__)
     parser.add_argument("spec", type=Path, help="a job spec as JSON, as POST /v1/jobs takes it")
     parser.add_argument("--storage", type=Path, required=True, help="folder for the checkpoints, resumed from")
+    parser.add_argument("--start-checkpoint", type=Path, help="checkpoint to begin from where the folder has none")
     return parser
 
 
-def _join(spec: JobSpec, storage: Path) -> RankContext:
+def _join(spec: JobSpec, options: argparse.Namespace) -> RankContext:
     """Take the place that torchrun gives this process, or stand alone."""
+    storage, start = options.storage.absolute(), options.start_checkpoint
     if not dist.is_torchelastic_launched():
-        return RankContext(0, 1, _device(spec, 0), storage)
+        return RankContext(0, 1, _device(spec, 0), storage, start_checkpoint=start)
     store, rank, world_size = next(rendezvous("env://"))
     device = _device(spec, dist.get_node_local_rank())
     process_group.join(rank, world_size, store, device, spec.timeouts.collective_s)
-    return RankContext(rank, world_size, device, storage)
+    return RankContext(rank, world_size, device, storage, start_checkpoint=start)
 
 
 def _device(spec: JobSpec, local_rank: int) -> torch.device:

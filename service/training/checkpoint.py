@@ -1,14 +1,16 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is two files: ``step-00000120.pt``, a plain torch file that anyone can load, and
-``step-00000120.json``, its manifest with size and SHA-256, which is written last. Each file is written under
-another name in the same folder, flushed to the disk and renamed. A checkpoint counts only if its manifest is there and
-agrees, so a write that was cut off, a full disk and a flipped bit all look the same: not a checkpoint.
+``step-00000120.json``, its manifest with size, SHA-256 and the model's proof, which is written last. Each file is
+written under another name in the same folder, flushed to the disk and renamed. A checkpoint counts only if its
+manifest is there and agrees, so a write that was cut off, a full disk and a flipped bit all look the same: not a
+checkpoint.
 """
 
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +22,12 @@ import torch
 from torch import Tensor
 
 from service.jobs import JobSpec
+from service.training.certificate import Proof
 
 NUM_KEPT = 2
 """How many checkpoints a folder keeps: the newest, and one to fall back on."""
 _NOT_OF_THE_NUMBERS = {"name", "cadence", "resources", "timeouts", "retries", "priority", "after"}
+_TOLD_BY_THEIR_PRODUCT = {"num_workers", "batch_size_per_worker"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Checkpoint:
 
     ``model`` holds parameters and running statistics under torch's keys; ``rng_states`` is uint8
     ``(world_size, S)``, see `service.training.rng`. Step is also the position in the data and in the schedule.
+    ``requests_met`` is how many requests for a checkpoint were known when this one was made, and so met by it.
+    ``proof`` is what the model was known by; it lies in the manifest, and checkpoints of old have none.
     """
 
     step: int
@@ -39,6 +45,13 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng_states: Tensor
+    requests_met: int = 0
+    proof: Proof | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers made it."""
+        return len(self.rng_states)
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,18 @@ class UnusableCheckpoint(ValueError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class CheckpointFailed(OSError):
+    """A checkpoint that the run must not leave without cannot be written."""
+
+
 def fingerprint(spec: JobSpec) -> str:
-    """SHA-256 over what decides a run's numbers; what only says when and how it runs may differ."""
-    fields = spec.model_dump(mode="json", exclude=_NOT_OF_THE_NUMBERS)
+    """SHA-256 over what decides a run's numbers; what only says when, how and on how many workers may differ.
+
+    Of workers and batch the global batch counts: its images are the same ones in every step, however they are dealt
+    out. Under local normalization the numbers then do change; who resumes tells so.
+    """
+    fields = spec.model_dump(mode="json", exclude=_NOT_OF_THE_NUMBERS | _TOLD_BY_THEIR_PRODUCT)
+    fields["global_batch_size"] = spec.global_batch_size
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -70,7 +92,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     buffer = io.BytesIO()
-    torch.save(asdict(checkpoint), buffer)
+    torch.save({name: value for name, value in vars(checkpoint).items() if name != "proof"}, buffer)
     content = buffer.getbuffer()
     path = checkpoint_path(folder, checkpoint.step)
     manifest = {
@@ -80,6 +102,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "sha256": hashlib.sha256(content).hexdigest(),
         "fingerprint": checkpoint.fingerprint,
         "torch_version": torch.__version__,
+        "proof": _proof_to_json(checkpoint.proof),
     }
     _write_atomically(path, content)
     _write_atomically(_manifest_path(path), json.dumps(manifest, indent=1).encode())
@@ -94,7 +117,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads(_manifest_path(path).read_bytes())
-        size, digest = manifest["size_bytes"], manifest["sha256"]
+        size, digest, proof = manifest["size_bytes"], manifest["sha256"], _proof_of_json(manifest.get("proof"))
         content = path.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnusableCheckpoint(f"{path.name}: cannot be read ({type(error).__name__}: {error})") from error
@@ -102,7 +125,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UnusableCheckpoint(f"{path.name}: {len(content)} bytes where its manifest says {size}; it was cut off")
     if hashlib.sha256(content).hexdigest() != digest:
         raise UnusableCheckpoint(f"{path.name}: its SHA-256 is not the manifest's; it was changed after it was written")
-    return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), proof=proof)
 
 
 def latest_checkpoint(folder: Path) -> LatestCheckpoint:
@@ -119,6 +142,17 @@ def latest_checkpoint(folder: Path) -> LatestCheckpoint:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` lies, if there is one."""
     return folder / f"step-{step:08d}.pt"
+
+
+def _proof_to_json(proof: Proof | None) -> dict[str, Any] | None:
+    if proof is None:
+        return None
+    loss = proof.probe_loss
+    return asdict(proof) | {"probe_loss": loss if math.isfinite(loss) else str(loss)}  # JSON has no NaN
+
+
+def _proof_of_json(fields: dict[str, Any] | None) -> Proof | None:
+    return Proof(**(fields | {"probe_loss": float(fields["probe_loss"])})) if fields else None
 
 
 def _newest_first(folder: Path) -> list[Path]:

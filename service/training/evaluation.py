@@ -51,7 +51,7 @@ class Examiner:
 
         Two passes over this rank's validation images, two exchanges; the model is left as it was.
         """
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             with _buffers_of_rank_zero(model, self.context):
                 stored = self._judge(model)
             with using_statistics(model, population):
@@ -108,6 +108,17 @@ def make_examiner(
     )
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` normalizes by its stored statistics and leaves them alone; after it as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _paired_sums(stored: Tensor, precise: Tensor) -> Tensor:
     """Per-image values of this rank summed: count, the four scores, both damages and their squares, ``(9,)``."""
     loss_damage = stored[0] - precise[0]
@@ -148,16 +159,6 @@ def _standard_error(count: float, total: float, total_of_squares: float) -> floa
         return math.nan
     variance = (total_of_squares - total * total / count) / (count - 1)
     return 0.0 if variance < 0 else math.sqrt(variance / count)  # below 0 by rounding; NaN stays NaN
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

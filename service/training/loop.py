@@ -26,34 +26,44 @@ from service.jobs import (
     RankStarted,
     Sgd,
     StepMetrics,
+    StoppedEarly,
     TelemetryEvent,
     TrainingFinished,
 )
-from service.training.checkpoint import Checkpoint, fingerprint, write_checkpoint
+from service.training.certificate import Prover, altered_parts, certify, make_prover
+from service.training.checkpoint import Checkpoint, CheckpointFailed, fingerprint, write_checkpoint
 from service.training.context import RankContext
 from service.training.dataset import load_dataset
 from service.training.evaluation import Examiner, make_examiner
+from service.training.meeting import Meetings, said_by_rank_zero
 from service.training.models import build_model
+from service.training.orders import Orders
 from service.training.resume import find_checkpoint
 from service.training.rng import gather_rng_states, restore_rng_state
 from service.training.sampler import BatchSampler
 from service.training.schedule import check_schedule, learning_rate
 
-__all__ = ["RankContext", "train"]
+__all__ = ["Orders", "RankContext", "train"]
 
 
-def train(spec: JobSpec, context: RankContext) -> Iterator[TelemetryEvent]:
+def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Orders) -> Iterator[TelemetryEvent]:
     """Train the job on this rank, and tell what happens as it happens.
 
     Every rank of ``context.world_size`` must run this and take every event: ranks meet inside. Every rank yields
     RankStarted, StepMetrics for each step, and TrainingFinished; rank 0 also yields what concerns the
     run as a whole. Goes on from the newest good checkpoint in the storage folder; on CPUs an interrupted
-    and resumed run gives bit for bit the losses and weights of one that was never interrupted. A loss that is not
+    and resumed run gives bit for bit the losses and weights of one that was never interrupted. With another number of
+    workers and the same global batch it gives them to rounding, under synchronized normalization. A loss that is not
     finite is reported like any other.
 
+    ``orders`` is asked from time to time what is wanted of the run; rank 0's answer counts, for all ranks at the same
+    step. A run told to stop saves a checkpoint and yields StoppedEarly instead of TrainingFinished, unless it comes to
+    its end first.
+
     Raises: ValueError if spec and context or spec and data do not fit, FileNotFoundError if the data are not there,
-        UnusableCheckpoint if the storage folder belongs to another run, OSError if the last checkpoint cannot
-        be written (an earlier one is only reported), and what torch raises when a rank is lost.
+        UnusableCheckpoint if the storage folder or the start checkpoint belongs to another run, CheckpointFailed if
+        the last checkpoint, or the one to stop with, cannot be written (any other is only reported), and what torch
+        raises when a rank is lost.
     """
     _check_world_size(spec, context)
     started = time.monotonic()
@@ -73,15 +83,16 @@ def train(spec: JobSpec, context: RankContext) -> Iterator[TelemetryEvent]:
     optimizer = _make_optimizer(spec, model)
     autocast = _autocast(spec.precision, context.device)
     examiner = make_examiner(dataset, context, autocast)
+    prover = make_prover(dataset, context.world_size, autocast)
 
     run = fingerprint(spec)
     found = find_checkpoint(context, run)
-    first_step = 1
+    first_step, requests_met = 1, 0
     if found.checkpoint:
         model.load_state_dict(found.checkpoint.model)
         optimizer.load_state_dict(found.checkpoint.optimizer)
         restore_rng_state(found.checkpoint.rng_states, context)
-        first_step = found.checkpoint.step + 1
+        first_step, requests_met = found.checkpoint.step + 1, found.checkpoint.requests_met
     replica = _replicated(model, spec.normalization, context)
 
     for problem in found.problems:
@@ -104,8 +115,11 @@ def train(spec: JobSpec, context: RankContext) -> Iterator[TelemetryEvent]:
     if context.leads:
         origin = f"goes on after step {first_step - 1}" if found.checkpoint else "starts from the beginning"
         yield LogLine(text=f"attempt {context.attempt} {origin}, {total_steps} steps in all")
+        if found.checkpoint:
+            yield from _certify(found.checkpoint, prover, model, spec)
         yield PhaseChanged(phase=Phase.TRAINING)
 
+    meetings = Meetings(context, orders, last_step=first_step - 1)
     for step in range(first_step, total_steps + 1):
         began = time.perf_counter()
         rate = learning_rate(step, spec.optimizer.learning_rate, spec.schedule, total_steps)
@@ -126,16 +140,32 @@ def train(spec: JobSpec, context: RankContext) -> Iterator[TelemetryEvent]:
             step_s=time.perf_counter() - began,
         )
 
+        asked = meetings.after(step) if step < total_steps else Orders()
         is_due = partial(_is_due, step, total_steps, sampler.steps_per_epoch)
         evaluates, measures_drift = is_due(spec.cadence.evaluate_every_steps), is_due(spec.cadence.drift_every_steps)
-        saves = is_due(spec.cadence.checkpoint_every_steps)
+        owes_checkpoint = asked.stop or asked.checkpoint_requests > requests_met
+        saves = owes_checkpoint or is_due(spec.cadence.checkpoint_every_steps)
         if evaluates or measures_drift:
             yield from _look(examiner, model, step, sampler.epoch(step), evaluates, measures_drift)
         if saves:
+            requests_met = max(requests_met, asked.checkpoint_requests)
             rng_states = gather_rng_states(context)
             if context.leads:
-                checkpoint = Checkpoint(step, run, model.state_dict(), optimizer.state_dict(), rng_states)
-                yield from _save(checkpoint, context, is_last=step == total_steps)
+                checkpoint = Checkpoint(
+                    step=step,
+                    fingerprint=run,
+                    model=model.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    rng_states=rng_states,
+                    requests_met=requests_met,
+                    proof=prover.prove(model),
+                )
+                yield from _save(checkpoint, context, is_needed=asked.stop or step == total_steps)
+        if asked.stop:
+            # Rank 0 comes here once it has saved, or fails before: nobody says "saved" who does not know it.
+            said_by_rank_zero([step], context)
+            yield StoppedEarly(step=step, checkpoint_saved=True)
+            return
         if context.leads and step < total_steps and (evaluates or measures_drift or saves):
             yield PhaseChanged(phase=Phase.TRAINING)
     yield TrainingFinished(step=total_steps, duration_s=time.monotonic() - started)
@@ -225,15 +255,39 @@ def _sentence(step: int, evaluation: Evaluation | None, drift: Drift | None) -> 
     return f"step {step}: " + "; ".join(parts)
 
 
-def _save(checkpoint: Checkpoint, context: RankContext, is_last: bool) -> Iterator[TelemetryEvent]:
+def _certify(checkpoint: Checkpoint, prover: Prover, model: nn.Module, spec: JobSpec) -> Iterator[TelemetryEvent]:
+    """Tell whether the restored model is the one that was saved, and what else is not as it was. Rank 0 alone."""
+    if checkpoint.num_workers != spec.num_workers and spec.normalization is Normalization.LOCAL:
+        before = spec.global_batch_size // checkpoint.num_workers
+        yield LogLine(
+            level="warning",
+            text=f"saved by {checkpoint.num_workers} workers, resumed by {spec.num_workers}: with local normalization "
+            f"a batch statistic is now taken over {spec.batch_size_per_worker} images instead of {before}, so the run "
+            "is not the one that was interrupted; normalization sync does not change with the number of workers",
+        )
+    if checkpoint.proof is None:
+        return
+    restored = prover.prove(model)
+    certificate = certify(checkpoint.step, checkpoint.proof, restored)
+    yield certificate
+    if altered := altered_parts(checkpoint.proof, restored):
+        yield LogLine(
+            level="error",
+            text=f"the {' and '.join(altered)} in the checkpoint of step {checkpoint.step} are not those that were "
+            f"saved, although its checksum is right: the file was altered (probe loss {certificate.saved_probe_loss!r} "
+            f"then, {certificate.restored_probe_loss!r} now); the run goes on with what it holds",
+        )
+
+
+def _save(checkpoint: Checkpoint, context: RankContext, is_needed: bool) -> Iterator[TelemetryEvent]:
     yield PhaseChanged(phase=Phase.CHECKPOINTING)
     began = time.perf_counter()
     try:
         path = write_checkpoint(context.checkpoint_folder, checkpoint)
     except OSError as error:
         problem = f"the checkpoint of step {checkpoint.step} cannot be written to {context.checkpoint_folder}: {error}"
-        if is_last:
-            raise OSError(error.errno, f"{problem}; make room there and retry") from error
+        if is_needed:
+            raise CheckpointFailed(error.errno, f"{problem}; make room there and retry") from error
         # Training is worth more than this one file; the one before it stays good.
         yield LogLine(level="error", text=f"{problem}; training goes on, older checkpoints stay")
         return

@@ -1,5 +1,8 @@
 """Agreeing on the checkpoint that a new attempt goes on from."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -17,9 +20,10 @@ def find_checkpoint(context: RankContext, fingerprint: str) -> LatestCheckpoint:
     """The newest checkpoint that is good on every rank, or none where no rank sees any. All ranks must call.
 
     Every rank reads and verifies by itself, and one exchange finds the oldest of their findings, so that ranks never
-    go on from different steps.
+    go on from different steps. Where no rank sees any, ``context.start_checkpoint`` counts.
 
-    Raises: UnusableCheckpoint if only some ranks see a checkpoint, or it belongs to a run with another fingerprint.
+    Raises: UnusableCheckpoint if only some ranks see a checkpoint, if it belongs to a run with another fingerprint, or
+        if the start checkpoint is not whole.
     """
     folder = context.checkpoint_folder
     found = latest_checkpoint(folder)
@@ -33,12 +37,24 @@ def find_checkpoint(context: RankContext, fingerprint: str) -> LatestCheckpoint:
     if lowest < step:
         older = f"step {step} is good here and not on every rank; going on from step {lowest}"
         found = LatestCheckpoint(read_checkpoint(checkpoint_path(folder, lowest)), (*found.problems, older))
+    if found.checkpoint is None and context.start_checkpoint is not None:
+        return _of_another_job(context.start_checkpoint, fingerprint, found.problems)
     if found.checkpoint and found.checkpoint.fingerprint != fingerprint:
         raise UnusableCheckpoint(
-            f"the checkpoints in {folder} belong to a job with other numbers (model, data, optimizer, seed, workers "
-            "or batch differ); choose another storage folder, or go on with the spec they were made with"
+            f"the checkpoints in {folder} belong to a job with other numbers (model, data, optimizer, seed or global "
+            "batch differ); choose another storage folder, or go on with the spec they were made with"
         )
     return found
+
+
+def _of_another_job(path: Path, fingerprint: str, problems: tuple[str, ...]) -> LatestCheckpoint:
+    checkpoint = read_checkpoint(path)
+    if checkpoint.fingerprint != fingerprint:
+        raise UnusableCheckpoint(
+            f"the start checkpoint {path} belongs to a job with other numbers (model, data, optimizer, seed or global "
+            "batch differ); start from the beginning, or submit the spec it was made with"
+        )
+    return LatestCheckpoint(replace(checkpoint, requests_met=0), problems)  # it counted the other job's requests
 
 
 def _range_over_ranks(step: int, context: RankContext) -> tuple[int, int]:

@@ -246,6 +246,7 @@ def _expect_refusal_that_harms_nothing(folder: Path) -> None:
         (lambda spec: spec.model_copy(update={"timeouts": Timeouts(collective_s=5)}), True),
         (lambda spec: spec.model_copy(update={"seed": 1}), False),
         (lambda spec: spec.model_copy(update={"num_workers": 3}), False),
+        (lambda spec: spec.model_copy(update={"num_workers": 4, "batch_size_per_worker": 16}), True),
         (lambda spec: spec.model_copy(update={"bn_momentum": 0.2}), False),
     ],
 )
