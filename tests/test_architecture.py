@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "starlette",
         "pydantic",
         "anyio",
+        "limits",
         "structlog",
     },
     "service/client.py": {"service.jobs", "service.errors", "pydantic", "httpx2"},

@@ -11,9 +11,11 @@ from service.api.parts import Store
 from service.errors import Forbidden, NotFound, Unauthorized
 from service.jobs import Caller, Principal, Role
 
+KEY_SCHEME = "api key"
+
 _api_bearer = HTTPBearer(
     auto_error=False,
-    scheme_name="api key",
+    scheme_name=KEY_SCHEME,
     description="A key that an admin has made, or SYNCBN_API_TOKEN; beside it stands the least role that is needed. "
     "A service on loopback that has no keys asks for none.",
 )
@@ -41,13 +43,19 @@ Asker = Annotated[Principal, Depends(_asker)]
 """Who asks."""
 
 
+def visible_owner(asker: Principal) -> str | None:
+    """Whose jobs alone may be listed; None for everyone's."""
+    return None if asker.role.includes(Role.ADMIN) else asker.name
+
+
 async def _require_visible(request: Request, asker: Asker, store: Store) -> None:
     """Let the request pass if the job in its path, where it names one, may be seen by who asks. Raises NotFound."""
     job_id = request.path_params.get("job_id")
-    if job_id is None or asker.role.includes(Role.ADMIN):
+    owner = visible_owner(asker)
+    if job_id is None or owner is None:
         return
     job = await run_in_threadpool(store.get, job_id)
-    if job.owner != asker.name:
+    if job.owner != owner:
         raise NotFound(f"there is no job {job_id}")  # the same words as for one that does not exist
 
 

@@ -1,11 +1,18 @@
-"""The OpenAPI document: what FastAPI writes, with errors under the media type that they really have."""
+"""The OpenAPI document: what FastAPI writes, with errors under the media type that they really have.
+
+Beside the security scheme of an operation stands the least role that it needs, as OpenAPI 3.1 allows for schemes that
+have no scopes; with it come the refusals that every such operation may answer.
+"""
 
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 
+from service.api.auth import KEY_SCHEME
 from service.api.problems import MEDIA_TYPE, Problem
+from service.jobs import Role
 
 _UNUSED = ("HTTPValidationError", "ValidationError")
 """FastAPI's own error bodies, which it documents wherever a route has parameters; `problems` answers instead."""
@@ -20,11 +27,27 @@ class Api(FastAPI):
             document = super().openapi()
             for path in document["paths"].values():
                 for operation in path.values():
-                    operation["responses"] = dict(_true_responses(operation["responses"]))
+                    responses = dict(_true_responses(operation["responses"]))
+                    if (role := _least_role(operation)) is not None:
+                        operation["security"] = [{KEY_SCHEME: [role]}]
+                        responses |= _refusals(role)
+                    operation["responses"] = dict(sorted(responses.items()))
             for name in _UNUSED:
                 document["components"]["schemas"].pop(name, None)
             self.openapi_schema = document
         return self.openapi_schema
+
+
+def _least_role(operation: dict[str, Any]) -> Role | None:
+    """The greatest of the roles that the router and the route ask for."""
+    roles = [role for entry in operation.get("security", ()) for role in entry.get(KEY_SCHEME, ())]
+    return max(map(Role, roles), key=list(Role).index, default=None)
+
+
+def _refusals(role: Role) -> dict[str, Any]:
+    statuses = (401, 429) if role is Role.READER else (401, 403, 429)
+    content = {MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}}
+    return {str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 def _true_responses(responses: dict[str, Any]) -> Iterator[tuple[str, Any]]:

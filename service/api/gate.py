@@ -1,4 +1,4 @@
-"""The gate before every route below ``/v1``: who asks is known, and has not asked too often, before a body is read."""
+"""The gate before ``/metrics`` and every route below ``/v1``: who asks is known, and has not asked too often, before a body is read."""
 
 from anyio.to_thread import run_sync
 from starlette.datastructures import Headers
@@ -14,13 +14,14 @@ from service.jobs import ANONYMOUS, Caller
 GUARDED = "/v1/"
 _OWN_TOKENS = "/v1/attempts/"
 """Where attempts report, with tokens of their own that the store judges."""
+_METRICS = "/metrics"
 
 
 class Gate:
     """Lets known callers in, as ``request.state.caller``; answers 401 to others and 429 to who asks too often.
 
-    ``request.state.counted`` is true unless the answer is a 429 of this gate: those are not worth a record, which
-    would only help whoever floods. Where no keys are asked for nobody is counted either.
+    A 429 of this gate is not put on record, which would only help whoever floods. Where no keys are asked for nobody
+    is counted.
     """
 
     def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, limits: RateLimits) -> None:
@@ -56,14 +57,16 @@ class Gate:
     def _bound(self, scope: Scope, standing: Standing, complaint: str) -> None:
         scope["state"]["headers"] = standing.headers
         if not standing.allowed:
-            scope["state"]["counted"] = False
+            scope["state"]["on_record"] = False
             text = f"{complaint}: {standing.quota} in {standing.window_s} s; wait {standing.reset_s} s"
             raise TooManyRequests(text, standing.reset_s)
 
 
 def guarded(scope: Scope) -> bool:
     """Whether the request is for the API proper, whatever route it may lead to."""
-    return scope["type"] == "http" and scope["path"].startswith(GUARDED) and not _of_attempt(scope)
+    if scope["type"] != "http" or _of_attempt(scope):
+        return False
+    return scope["path"].startswith(GUARDED) or scope["path"] == _METRICS
 
 
 def client_address(scope: Scope) -> str:

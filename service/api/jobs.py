@@ -4,12 +4,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
-from service.api.auth import require_json
+from service.api.auth import Asker, require_json, require_role, visible_owner
 from service.api.parts import ExistingJob, PartsOf, Store
 from service.api.problems import Answers, answers
 from service.api.submission import Submission
 from service.errors import Conflict, InvalidRequest
-from service.jobs import Job, JobPage, JobReport, JobState, Reason
+from service.jobs import Job, JobPage, JobReport, JobState, Reason, Role
 from service.reports import report_job
 from service.store import JobStore
 
@@ -30,16 +30,18 @@ Key = Annotated[
     "",
     status_code=201,
     summary="Submit a job",
-    dependencies=[Depends(require_json)],
+    dependencies=[Depends(require_json), require_role(Role.SUBMITTER)],
     responses=_REPLAYED | answers(400, 401, 413, 415, 422, 503),
 )
-def submit_job(spec: Submission, store: Store, parts: PartsOf, response: Response, idempotency_key: Key = None) -> Job:
+def submit_job(
+    spec: Submission, asker: Asker, store: Store, parts: PartsOf, response: Response, idempotency_key: Key = None
+) -> Job:
     """Accept a training job; it starts when the cluster has room. Every wrong field is named at once."""
     # A replay is answered as the first time was, even if the cluster has shrunk meanwhile.
-    known = None if idempotency_key is None else store.recall(spec, idempotency_key)
+    known = None if idempotency_key is None else store.recall(spec, idempotency_key, owner=asker.name)
     if known is None and (problems := parts.check_placement(spec)):
         raise InvalidRequest(problems)
-    job, created = (known, False) if known is not None else store.create(spec, idempotency_key)
+    job, created = (known, False) if known is not None else store.create(spec, idempotency_key, owner=asker.name)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not created:
         response.status_code = 200
@@ -49,14 +51,15 @@ def submit_job(spec: Submission, store: Store, parts: PartsOf, response: Respons
 
 @router.get("", summary="List jobs", responses=answers(400, 401, 422, 503))
 def list_jobs(
+    asker: Asker,
     store: Store,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
     state: Annotated[list[JobState] | None, Query(description="Only these states; may be repeated.")] = None,
     name: Annotated[str | None, Query(description="Only jobs of exactly this name.")] = None,
 ) -> JobPage:
-    """Jobs, newest first."""
-    return store.list_jobs(limit, cursor, states=state, name=name)
+    """Jobs, newest first; everyone's for an admin, else the own ones."""
+    return store.list_jobs(limit, cursor, states=state, name=name, owner=visible_owner(asker))
 
 
 @router.get("/{job_id}", summary="Show a job", responses=answers(400, 401, 404, 503))
@@ -68,6 +71,7 @@ def show_job(job: ExistingJob) -> Job:
 @router.post(
     "/{job_id}:cancel",
     summary="Cancel a job",
+    dependencies=[require_role(Role.SUBMITTER)],
     responses=_ACCEPTED | answers(400, 401, 404, 409, 503),
 )
 def cancel_job(job_id: str, store: Store, response: Response) -> Job:

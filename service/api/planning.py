@@ -2,14 +2,19 @@
 
 from fastapi import APIRouter, Depends
 
-from service.api.auth import require_json
+from service.api.auth import require_json, require_role
 from service.api.parts import PartsOf
 from service.api.problems import answers
+from service.api.recording import changes_nothing
 from service.api.submission import Submission
 from service.errors import InvalidRequest
-from service.jobs import JobSpec, Outlook, PlannedJob
+from service.jobs import JobSpec, Outlook, PlannedJob, Role
 
-router = APIRouter(prefix="/v1", tags=["jobs"], dependencies=[Depends(require_json)])
+router = APIRouter(
+    prefix="/v1",
+    tags=["jobs"],
+    dependencies=[Depends(require_json), Depends(changes_nothing), require_role(Role.SUBMITTER)],
+)
 
 
 @router.post("/jobs:validate", summary="Check a spec", responses=answers(400, 401, 413, 415, 422, 503))

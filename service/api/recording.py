@@ -51,7 +51,7 @@ class Recording:
 
     async def _record(self, scope: Scope, status: int, location: str | None) -> ServiceError | None:
         """What is to be answered instead, if anything."""
-        if not scope["state"].get("counted", True):
+        if not scope["state"].get("on_record", True):
             return None
         entry = _entry(scope, status, location)
         try:
@@ -79,6 +79,11 @@ def _entry(scope: Scope, status: int, location: str | None) -> AuditEntry:
         code=state.get("problem_code"),
         request_id=state.get("request_id", ""),
     )
+
+
+async def changes_nothing(request: Request) -> None:
+    """A dependency for routes that are asked by POST and yet change nothing: they are not put on record."""
+    request.state.on_record = False
 
 
 def say_what_for(request: Request, detail: str) -> None:

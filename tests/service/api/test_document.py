@@ -2,19 +2,19 @@ import pytest
 from fastapi.testclient import TestClient
 
 _ERRORS = {
-    ("get", "/v1/jobs"): {400, 401, 422, 503},
-    ("post", "/v1/jobs"): {400, 401, 413, 415, 422, 503},
-    ("post", "/v1/jobs:validate"): {400, 401, 413, 415, 422, 503},
-    ("post", "/v1/jobs:plan"): {400, 401, 413, 415, 422, 503},
-    ("get", "/v1/jobs/{job_id}"): {400, 401, 404, 503},
-    ("post", "/v1/jobs/{job_id}:cancel"): {400, 401, 404, 409, 503},
-    ("get", "/v1/jobs/{job_id}/report"): {400, 401, 404, 503},
-    ("get", "/v1/jobs/{job_id}/metrics"): {400, 401, 404, 422, 503},
-    ("get", "/v1/jobs/{job_id}/metrics/{name}"): {400, 401, 404, 422, 503},
-    ("get", "/v1/jobs/{job_id}/drift"): {400, 401, 404, 422, 503},
-    ("get", "/v1/jobs/{job_id}/events"): {400, 401, 404, 422, 503},
-    ("get", "/v1/jobs/{job_id}/logs"): {400, 401, 404, 422, 503},
-    ("get", "/v1/jobs/{job_id}/stream"): {400, 401, 404, 422, 503},
+    ("get", "/v1/jobs"): {400, 401, 422, 429, 503},
+    ("post", "/v1/jobs"): {400, 401, 403, 413, 415, 422, 429, 503},
+    ("post", "/v1/jobs:validate"): {400, 401, 403, 413, 415, 422, 429, 503},
+    ("post", "/v1/jobs:plan"): {400, 401, 403, 413, 415, 422, 429, 503},
+    ("get", "/v1/jobs/{job_id}"): {400, 401, 404, 429, 503},
+    ("post", "/v1/jobs/{job_id}:cancel"): {400, 401, 403, 404, 409, 429, 503},
+    ("get", "/v1/jobs/{job_id}/report"): {400, 401, 404, 429, 503},
+    ("get", "/v1/jobs/{job_id}/metrics"): {400, 401, 404, 422, 429, 503},
+    ("get", "/v1/jobs/{job_id}/metrics/{name}"): {400, 401, 404, 422, 429, 503},
+    ("get", "/v1/jobs/{job_id}/drift"): {400, 401, 404, 422, 429, 503},
+    ("get", "/v1/jobs/{job_id}/events"): {400, 401, 404, 422, 429, 503},
+    ("get", "/v1/jobs/{job_id}/logs"): {400, 401, 404, 422, 429, 503},
+    ("get", "/v1/jobs/{job_id}/stream"): {400, 401, 404, 422, 429, 503},
     ("post", "/v1/attempts/{attempt_id}/telemetry"): {400, 401, 413, 415, 422, 503},
 }
 
@@ -28,6 +28,24 @@ def test_the_document_names_every_route_with_the_errors_it_may_answer(client: Te
         if path.startswith("/v1")
     }
     assert told == _ERRORS
+
+
+def test_the_document_says_for_every_route_which_key_and_role_it_needs(client: TestClient) -> None:
+    """Reading asks for readers, changing for submitters or admins; attempts show a token that has no role."""
+    document = client.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"api key", "ingest token"}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            security = operation.get("security")
+            if not path.startswith("/v1/"):
+                assert security is None, path
+            elif path.startswith("/v1/attempts/"):
+                assert security == [{"ingest token": []}]
+            else:
+                (roles,) = [scheme["api key"] for scheme in security]
+                managing = path.startswith(("/v1/principals", "/v1/api-keys", "/v1/audit"))
+                least = ["admin"] if managing else ["reader"] if method == "get" else ["submitter"]
+                assert roles == least, (method, path)
 
 
 def test_every_route_has_a_tag_a_summary_and_a_description(client: TestClient) -> None:
