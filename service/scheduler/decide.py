@@ -1,7 +1,7 @@
 """What to do about a job next: a pure function of what is stored and what the cluster says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from service.jobs import Attempt, Job, JobState, Outcome, Phase, Reason, ReasonClass
@@ -9,6 +9,30 @@ from service.scheduler.launcher import Observation
 
 START_GRACE_S = 60.0
 """How much longer than its heartbeat limit an attempt may take to report for the first time."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of a job's newest attempt at one moment.
+
+    ``observation`` must be older than ``attempt``: an attempt's last word is stored before the cluster sees it
+    end. None says that the cluster did not answer; then only the job's own reports count. Silence and idleness are
+    counted from ``listening_since`` at the earliest, because nobody listened before.
+    """
+
+    attempt: Attempt
+    observation: Observation | None
+    now: datetime
+    listening_since: datetime
+    last_step_at: datetime | None = None
+    """When the attempt's last step was first seen, as far as it is known."""
+    resumable_step: int | None = None
+    """From which step the job could go on: of its last checkpoint, or 0 if it has not taken a step."""
+
+    @property
+    def left_nothing(self) -> bool:
+        """Whether the cluster says that no process of the attempt is left."""
+        return self.observation is not None and self.observation.state.over
 
 
 @dataclass(frozen=True)
@@ -28,107 +52,150 @@ class Decision:
 WAIT = Decision()
 
 
-def decide(
-    job: Job,
-    attempt: Attempt,
-    observation: Observation | None,
-    recoveries: Mapping[ReasonClass, int],
-    now: datetime,
-    service_since: datetime,
-) -> Decision:
-    """Judge one active job.
-
-    ``observation`` must be older than ``attempt``: an attempt's last word is stored before the cluster sees it
-    end. None says that the cluster did not answer; then only the job's own reports count. Silence is counted
-    from ``service_since`` at the earliest, because nobody listened before.
-    """
+def decide(job: Job, evidence: Evidence) -> Decision:
+    """Judge one active job. Where this says recovering, `within_budget` has the last word."""
     match job.state:
         case JobState.CANCELLING:
-            return _decide_cancelling(attempt, observation)
+            return _decide_cancelling(job, evidence)
+        case JobState.PAUSING:
+            return _decide_pausing(job, evidence)
         case JobState.RECOVERING:
-            return _decide_recovering(job, observation)
+            return _decide_recovering(job, evidence)
         case JobState.STARTING | JobState.RUNNING:
-            return _decide_running(job, attempt, observation, recoveries, now, service_since)
+            return _decide_running(job, evidence)
         case _:
             return WAIT
 
 
-def queue_deadline_passed(job: Job, now: datetime) -> bool:
-    """Whether a queued job has waited longer than its owner allows."""
+def within_budget(job: Job, decision: Decision, recoveries: Mapping[ReasonClass, int]) -> Decision:
+    """``decision``, or failure instead where its recovery would be one too many for its class of reason."""
+    if decision.to is not JobState.RECOVERING:
+        return decision
+    kind = decision.reason.reason_class if decision.reason else ReasonClass.INFRA
+    budget = job.spec.retries.of_class(kind)
+    if recoveries.get(kind, 0) < budget:
+        return decision
+    gave_up = f" (gave up after {recoveries.get(kind, 0)} recoveries of class {kind})" if budget else ""
+    return replace(decision, to=JobState.FAILED, detail=decision.detail + gave_up)
+
+
+def passed_deadline(job: Job, now: datetime) -> Decision | None:
+    """Failure of a queued job that has waited longer than its owner allows; None while it has not.
+
+    ``queue_s`` counts from when it last came into the queue, ``total_s`` from when it was submitted.
+    """
     limit = job.spec.timeouts.queue_s
-    return limit is not None and now - job.created_at > timedelta(seconds=limit)
+    if limit is not None and now - job.state_since > timedelta(seconds=limit):
+        detail = f"it waited longer than its queue_s of {limit:g} s; {job.detail}".rstrip("; ")
+        return Decision(JobState.FAILED, Reason.QUEUE_DEADLINE, detail)
+    return _past_total(job, now)
 
 
-def _decide_cancelling(attempt: Attempt, observation: Observation | None) -> Decision:
-    if observation is None:
-        return WAIT
-    if not observation.state.over:
-        return Decision(stop=True)
-    if attempt.ended is not None and attempt.ended.outcome is Outcome.SUCCEEDED:
+def _decide_cancelling(job: Job, evidence: Evidence) -> Decision:
+    if not evidence.left_nothing:
+        return _stop_if(evidence, not job.stop_saves or _grace_is_over(job, evidence))
+    ended = evidence.attempt.ended
+    if ended is not None and ended.outcome is Outcome.SUCCEEDED:
         return Decision(JobState.SUCCEEDED, detail="it finished before the cancellation reached it")
-    return Decision(JobState.CANCELLED, Reason.CANCELLED_BY_USER)
+    detail = ""
+    if job.stop_saves:
+        step = _saved_at(evidence)
+        detail = f"saved at step {step} first" if step is not None else "it left without saving a checkpoint"
+    return Decision(JobState.CANCELLED, Reason.CANCELLED_BY_USER, detail)
 
 
-def _decide_recovering(job: Job, observation: Observation | None) -> Decision:
-    if observation is None:
-        return WAIT
-    if not observation.state.over:
-        return Decision(stop=True)
-    return Decision(start=True, reason=job.reason)
+def _decide_pausing(job: Job, evidence: Evidence) -> Decision:
+    ended = evidence.attempt.ended
+    if ended is not None and ended.outcome is Outcome.SUCCEEDED:
+        return Decision(JobState.SUCCEEDED, detail="it finished before the pause reached it")
+    if not evidence.left_nothing:
+        return _stop_if(evidence, _grace_is_over(job, evidence))
+    if (step := _saved_at(evidence)) is not None:
+        return Decision(JobState.PAUSED, Reason.PAUSED_BY_USER, f"saved at step {step}")
+    reason, what = _why_not_saved(job, evidence)
+    if reason.reason_class is ReasonClass.USER_ERROR:
+        return Decision(JobState.FAILED, reason, what)
+    if evidence.resumable_step is None:
+        detail = f"{what}; there is no checkpoint to pause at, so it goes on"
+        return Decision(JobState.RECOVERING, reason, detail, keep_output=ended is None)
+    goes_on = f"from step {evidence.resumable_step}" if evidence.resumable_step else "from the beginning"
+    detail = f"{what}; a resume goes on {goes_on}"
+    return Decision(JobState.PAUSED, Reason.PAUSED_BY_USER, detail, keep_output=ended is None)
 
 
-def _decide_running(
-    job: Job,
-    attempt: Attempt,
-    observation: Observation | None,
-    recoveries: Mapping[ReasonClass, int],
-    now: datetime,
-    service_since: datetime,
-) -> Decision:
+def _why_not_saved(job: Job, evidence: Evidence) -> tuple[Reason, str]:
+    ended = evidence.attempt.ended
+    if ended is not None and ended.reason is not None:
+        return ended.reason, ended.detail or "it ended without saving"
+    if _grace_is_over(job, evidence):
+        grace = job.spec.timeouts.stop_grace_s
+        return Reason.CHECKPOINT_FAILED, f"it did not save and leave within its stop_grace_s of {grace:g} s"
+    if ended is None:
+        return Reason.RUNNER_LOST, "the runner left without a last word"
+    return Reason.CHECKPOINT_FAILED, "it left without saving"
+
+
+def _decide_recovering(job: Job, evidence: Evidence) -> Decision:
+    if not evidence.left_nothing:
+        return _stop_if(evidence, True)
+    return _past_total(job, evidence.now) or Decision(start=True, reason=job.reason)
+
+
+def _decide_running(job: Job, evidence: Evidence) -> Decision:
+    attempt, now = evidence.attempt, evidence.now
     if job.state is JobState.STARTING and attempt.num_ranks_started >= job.spec.num_workers:
         return Decision(JobState.RUNNING, phase=Phase.TRAINING)
     if attempt.ended is not None:
         if attempt.ended.outcome is Outcome.SUCCEEDED:
             return Decision(JobState.SUCCEEDED)
-        return _recover_or_fail(job, attempt.ended.reason or Reason.RUNNER_LOST, attempt.ended.detail, recoveries)
-    total = job.spec.timeouts.total_s
-    if total is not None and now - job.created_at > timedelta(seconds=total):
-        detail = f"it ran longer than its total_s of {total:g} s"
-        return Decision(JobState.FAILED, Reason.TOTAL_DEADLINE, detail, stop=True)
-    if observation is not None and observation.state.over:
-        said = f"the cluster says {observation.state}: {_last_line(observation.message)}".rstrip(": ")
+        return Decision(JobState.RECOVERING, attempt.ended.reason or Reason.RUNNER_LOST, attempt.ended.detail)
+    if (late := _past_total(job, now) or _past_idle(job, evidence)) is not None:
+        return late
+    if evidence.observation is not None and evidence.left_nothing:
+        said = f"the cluster says {evidence.observation.state}: {_last_line(evidence.observation.message)}".rstrip(": ")
         detail = f"the runner left without a last word; {said}"
-        return _recover_or_fail(job, Reason.RUNNER_LOST, detail, recoveries, keep_output=True)
-    silence = _silence_s(attempt, now, service_since)
-    limit = job.spec.timeouts.heartbeat_s + (0.0 if attempt.heartbeat_at else START_GRACE_S)
-    if silence > limit:
-        detail = f"its runner has been silent for {silence:.0f} s, longer than heartbeat_s allows"
-        return _recover_or_fail(job, Reason.NO_HEARTBEAT, detail, recoveries, stop=True, keep_output=True)
+        return Decision(JobState.RECOVERING, Reason.RUNNER_LOST, detail, keep_output=True)
+    silence_s = (now - max(attempt.heartbeat_at or attempt.created_at, evidence.listening_since)).total_seconds()
+    if silence_s > job.spec.timeouts.heartbeat_s + (0.0 if attempt.heartbeat_at else START_GRACE_S):
+        detail = f"its runner has been silent for {silence_s:.0f} s, longer than heartbeat_s allows"
+        return Decision(JobState.RECOVERING, Reason.NO_HEARTBEAT, detail, stop=True, keep_output=True)
     return WAIT
+
+
+def _past_total(job: Job, now: datetime) -> Decision | None:
+    limit = job.spec.timeouts.total_s
+    if limit is None or now - job.created_at <= timedelta(seconds=limit):
+        return None
+    detail = f"it is older than its total_s of {limit:g} s"
+    return Decision(JobState.FAILED, Reason.TOTAL_DEADLINE, detail, stop=job.state.active)
+
+
+def _past_idle(job: Job, evidence: Evidence) -> Decision | None:
+    limit = job.spec.timeouts.idle_s
+    if limit is None or job.state is not JobState.RUNNING:
+        return None
+    since = max(evidence.last_step_at or job.state_since, job.state_since, evidence.listening_since)
+    if evidence.now - since <= timedelta(seconds=limit):
+        return None
+    detail = f"no step after {evidence.attempt.last_step} for longer than its idle_s of {limit:g} s"
+    return Decision(JobState.FAILED, Reason.IDLE_DEADLINE, detail, stop=True)
+
+
+def _stop_if(evidence: Evidence, due: bool) -> Decision:
+    # Where the cluster does not answer, asking it to stop something would not be heard either.
+    return Decision(stop=due and evidence.observation is not None)
+
+
+def _grace_is_over(job: Job, evidence: Evidence) -> bool:
+    return evidence.now - job.state_since > timedelta(seconds=job.spec.timeouts.stop_grace_s)
+
+
+def _saved_at(evidence: Evidence) -> int | None:
+    """The step of the checkpoint with which the attempt left as it was told."""
+    ended = evidence.attempt.ended
+    return ended.checkpoint_step if ended is not None and ended.outcome is Outcome.STOPPED else None
 
 
 def _last_line(text: str) -> str:
     """The line of a traceback that names the error; all of it is kept in the job's log."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def _silence_s(attempt: Attempt, now: datetime, service_since: datetime) -> float:
-    last_word = attempt.heartbeat_at or attempt.created_at
-    return (now - max(last_word, service_since)).total_seconds()
-
-
-def _recover_or_fail(
-    job: Job,
-    reason: Reason,
-    detail: str,
-    recoveries: Mapping[ReasonClass, int],
-    *,
-    stop: bool = False,
-    keep_output: bool = False,
-) -> Decision:
-    kind = reason.reason_class
-    budget, used = job.spec.retries.of_class(kind), recoveries.get(kind, 0)
-    to = JobState.RECOVERING if used < budget else JobState.FAILED
-    if to is JobState.FAILED and budget:
-        detail = f"{detail} (gave up after {used} recoveries of class {kind})"
-    return Decision(to, reason, detail, stop=stop, keep_output=keep_output)

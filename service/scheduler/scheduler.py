@@ -10,14 +10,19 @@ import structlog
 from pydantic import HttpUrl
 
 from service.errors import ClusterUnreachable, Conflict, FieldProblem, StoreUnavailable
-from service.jobs import RUNNER, Job, JobSpec, JobState, LaunchRequest, Phase, Reason, attempt_id
-from service.scheduler.decide import Decision, decide, queue_deadline_passed
+from service.jobs import RUNNER, Job, JobSpec, JobState, LaunchRequest, Reason, attempt_id
+from service.scheduler.admission import Admission, QuotaOf, Waiting, admit, unlimited
+from service.scheduler.decide import Decision, Evidence, decide, passed_deadline, within_budget
 from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
-from service.scheduler.placement import admit, placement_problems
-from service.store import JobStore
+from service.scheduler.leadership import Leadership
+from service.scheduler.placement import has_room, placement_problems
+from service.scheduler.stepping import Stepping
+from service.store import JobStore, LeaseLost
 
 _CALM_TICKS = 5
-"""While all jobs run, looking at them less often leaves the processor to those of them that are on this machine."""
+"""While nothing moves, looking less often leaves the processor to those jobs that run on this machine."""
+
+_MOVING = frozenset({JobState.STARTING, JobState.RECOVERING, JobState.PAUSING, JobState.CANCELLING})
 
 _log = structlog.get_logger("scheduler")
 
@@ -25,8 +30,10 @@ _log = structlog.get_logger("scheduler")
 class Scheduler:
     """Reconciles what the store says should be with what the cluster says is.
 
-    Every decision is a pure function (`service.scheduler.decide`, `service.scheduler.placement`); this class
-    gathers their arguments and carries out what they return. All waits are bounded by the launcher's own.
+    Every decision is a pure function (`service.scheduler.decide`, `service.scheduler.admission`); this class
+    gathers their arguments and carries out what they return. All waits are bounded by the launcher's own. Of several
+    on one store only the one that has the lease acts, and the store refuses every write of one that has lost it;
+    ``holder`` is its name there (see `Leadership`).
     """
 
     def __init__(
@@ -36,6 +43,9 @@ class Scheduler:
         *,
         ingest_url: str,
         storage: Path,
+        quota_of: QuotaOf = unlimited,
+        holder: str | None = None,
+        lease_ttl_s: float = 10.0,
         tick_s: float = 0.1,
         observe_every_s: float = 0.5,
         capacity_every_s: float = 5.0,
@@ -44,14 +54,17 @@ class Scheduler:
         self._launcher = launcher
         self._ingest_url = HttpUrl(ingest_url)
         self._storage = storage
+        self._quota_of = quota_of
         self._tick_s = tick_s
         self._observe_every_s = observe_every_s
         self._capacity_every_s = capacity_every_s
+        self._leadership = Leadership(store, holder, lease_ttl_s)
         self._since = datetime.now(UTC)
         self._capacity: ClusterCapacity | None = None
         self._cluster_error = "the cluster has not answered yet"
         self._capacity_at = float("-inf")
         self._observed_at: dict[str, float] = {}
+        self._stepping = Stepping()
 
     @property
     def cluster_status(self) -> str:
@@ -71,16 +84,36 @@ class Scheduler:
             except StoreUnavailable as error:
                 _log.warning("the store does not answer", error=str(error))
             stopping.wait(self._tick_s if in_motion else _CALM_TICKS * self._tick_s)
+        try:
+            self._leadership.release()
+        except StoreUnavailable as error:
+            _log.warning("the lease was not given back; it expires by itself", error=str(error))
 
     def tick(self) -> bool:
-        """Look at every unfinished job once. False if all there is to do is to watch jobs that run."""
+        """Look at every unfinished job once. False if all there is to do is to watch what runs or waits."""
         self._refresh_capacity()
+        led = self._leadership.lease is not None
+        if not self._leadership.hold():
+            return False
+        if not led:
+            self._since = datetime.now(UTC)  # nobody has told this scheduler what it has seen before
+        try:
+            return self._look()
+        except LeaseLost:
+            self._leadership.lose()
+            return False
+
+    def _look(self) -> bool:
         jobs = self._store.unfinished()
-        for job in jobs:
-            if job.state.active:
-                self._follow(job)
-        self._admit_queued(jobs)
-        return not jobs or any(job.state is not JobState.RUNNING for job in jobs)
+        active = [job for job in jobs if job.state.active]
+        self._forget_all_but(active)
+        for job in active:
+            if not self._leadership.hold():
+                return False
+            self._follow(job, [other for other in active if other.id != job.id])
+        started = self._admit_queued(jobs, active)
+        at_work = [job for job in jobs if job.state is not JobState.PAUSED]
+        return not at_work or started or any(job.state in _MOVING for job in jobs)
 
     def _refresh_capacity(self) -> None:
         if time.monotonic() - self._capacity_at < self._capacity_every_s:
@@ -91,40 +124,93 @@ class Scheduler:
             self._capacity, self._cluster_error = None, str(error)
         self._capacity_at = time.monotonic()
 
-    def _admit_queued(self, jobs: Sequence[Job]) -> None:
+    # The queue
+
+    def _admit_queued(self, jobs: Sequence[Job], active: Sequence[Job]) -> bool:
+        """Whether a job was started, or failed without one."""
         now = datetime.now(UTC)
-        queued = [job for job in jobs if job.state is JobState.QUEUED]
-        for job in [job for job in queued if queue_deadline_passed(job, now)]:
-            queued.remove(job)
-            detail = f"it waited longer than its queue_s of {job.spec.timeouts.queue_s:g} s; {job.detail}"
-            self._transition(job, Decision(JobState.FAILED, Reason.QUEUE_DEADLINE, detail))
+        queued = []
+        for job in [job for job in jobs if job.state is JobState.QUEUED]:
+            if (late := passed_deadline(job, now)) is None:
+                queued.append(job)
+            else:
+                self._transition(job, late)
         if not queued:
-            return
-        if self._capacity is None:
-            for job in queued:
-                self._say_why_waiting(job, Phase.WAITING_CLUSTER, Reason.CLUSTER_UNREACHABLE, self._cluster_error)
-            return
-        admission = admit(queued, [job for job in jobs if job.state.active], self._capacity)
-        for job, why in admission.waiting:
-            self._say_why_waiting(job, Phase.WAITING_RESOURCES, Reason.CLUSTER_FULL, why)
+            return False
+        admission = self._judge(queued, jobs, active)
+        for job, why in admission.in_vain:
+            self._transition(job, Decision(JobState.FAILED, Reason.JOB_BEFORE_FAILED, why))
+        self._say_who_waits(admission.waiting)
         for job in admission.start:
+            if not self._leadership.hold():
+                break
             self._start(job)
+        return bool(admission.start or admission.in_vain)
 
-    def _say_why_waiting(self, job: Job, phase: Phase, reason: Reason, detail: str) -> None:
+    def _judge(self, queued: Sequence[Job], jobs: Sequence[Job], active: Sequence[Job]) -> Admission:
+        states = {job.id: job.state for job in jobs}
+        ended = {name for job in queued for name in job.spec.after} - states.keys()
+        return admit(
+            queued,
+            active,
+            self._capacity,
+            quota_of=self._quota_of,
+            states_before=states | (self._store.states_of(sorted(ended)) if ended else {}),
+            cluster_error=self._cluster_error,
+        )
+
+    def _say_who_waits(self, waiting: Sequence[Waiting]) -> None:
         # Asked here and not of the store, which would have to lock itself for each waiting job at each tick.
-        if (job.phase, job.reason, job.detail) != (phase, reason, detail):
-            self._store.describe(job.id, phase=phase, reason=reason, detail=detail)
+        moved = {w.job.id: w.position for w in waiting if w.job.queue_position != w.position}
+        if moved:
+            self._store.set_queue_positions(moved, lease=self._leadership.lease)
+        for w in waiting:
+            if (w.job.phase, w.job.reason, w.job.detail) != (w.phase, w.reason, w.detail):
+                self._store.describe(
+                    w.job.id,
+                    phase=w.phase,
+                    reason=w.reason,
+                    detail=w.detail,
+                    version=w.job.version,
+                    lease=self._leadership.lease,
+                )
 
-    def _follow(self, job: Job) -> None:
+    # Active jobs
+
+    def _follow(self, job: Job, others: Sequence[Job]) -> None:
         # Observed before the attempt is read: a last word is stored before the cluster sees the process leave.
         observation = self._observe(job)
         attempt = self._store.attempt(job.id, job.attempt)
-        recoveries = self._store.count_recoveries(job.id)
-        decision = decide(job, attempt, observation, recoveries, datetime.now(UTC), self._since)
+        now = datetime.now(UTC)
+        evidence = Evidence(
+            attempt=attempt,
+            observation=observation,
+            now=now,
+            listening_since=self._since,
+            last_step_at=self._stepping.since(attempt, now),
+            resumable_step=self._resumable_step(job) if job.state is JobState.PAUSING else None,
+        )
+        decision = decide(job, evidence)
+        if decision.to is JobState.RECOVERING:
+            decision = within_budget(job, decision, self._store.count_recoveries(job.id))
+        if decision.start:
+            decision = self._unless_room_is_gone(job, others, decision)
         try:
             self._carry_out(job, decision)
         except ClusterUnreachable as error:
             _log.warning("the cluster did not answer", job=job.id, error=str(error))
+
+    def _resumable_step(self, job: Job) -> int | None:
+        if saved := self._store.checkpoints(job.id):
+            return saved[-1].step
+        return 0 if job.progress is None or job.progress.step == 0 else None
+
+    def _unless_room_is_gone(self, job: Job, others: Sequence[Job], decision: Decision) -> Decision:
+        """Back into the queue where the cluster has shrunk: there it waits in its own place, and says why."""
+        if self._capacity is None or has_room(job, others, self._capacity):
+            return decision
+        detail = f"the cluster has shrunk: its {job.spec.num_workers} workers no longer fit beside the other jobs"
+        return Decision(JobState.QUEUED, Reason.CLUSTER_FULL, detail)
 
     def _observe(self, job: Job) -> Observation | None:
         name = attempt_id(job.id, job.attempt)
@@ -138,6 +224,13 @@ class Scheduler:
         self._store.observed(job.id)
         return observation
 
+    def _forget_all_but(self, active: Sequence[Job]) -> None:
+        names = {attempt_id(job.id, job.attempt) for job in active}
+        self._observed_at = {name: time for name, time in self._observed_at.items() if name in names}
+        self._stepping.forget_all_but(names)
+
+    # What follows
+
     def _carry_out(self, job: Job, decision: Decision) -> None:
         if decision.stop:
             self._launcher.stop(attempt_id(job.id, job.attempt))
@@ -150,7 +243,9 @@ class Scheduler:
 
     def _start(self, job: Job) -> None:
         try:
-            job, token = self._store.start_attempt(job)
+            job, token = self._store.start_attempt(job, lease=self._leadership.lease)
+        except LeaseLost:
+            raise
         except Conflict:
             return  # cancelled in between; the next tick sees it
         request = LaunchRequest(
@@ -159,6 +254,7 @@ class Scheduler:
             spec=job.spec,
             ingest_url=self._ingest_url,
             storage=str(self._storage / job.id),
+            start_checkpoint=job.start_checkpoint,
         )
         _log.info("launching", job=job.id, attempt=job.attempt, workers=job.spec.num_workers)
         try:
@@ -170,8 +266,15 @@ class Scheduler:
         assert decision.to is not None
         try:
             self._store.transition(
-                job, decision.to, phase=decision.phase, reason=decision.reason, detail=decision.detail
+                job,
+                decision.to,
+                phase=decision.phase,
+                reason=decision.reason,
+                detail=decision.detail,
+                lease=self._leadership.lease,
             )
+        except LeaseLost:
+            raise
         except Conflict:
             return  # someone else moved the job first; the next tick judges it anew
         _log.info("job is now", job=job.id, state=decision.to, reason=decision.reason, detail=decision.detail)

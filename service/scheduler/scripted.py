@@ -23,8 +23,12 @@ class ScriptedLauncher:
         self.launched: list[LaunchRequest] = []
         self.stopped: list[str] = []
         self._on_launch = on_launch
-        self._nodes = (NodeResources(cpus=num_cpus, gpus=0, memory_gib=64),)
         self._observations: dict[str, Observation] = {}
+        self.resize(num_cpus)
+
+    def resize(self, num_cpus: float) -> None:
+        """From now on the cluster is one node of so many CPUs."""
+        self._nodes = (NodeResources(cpus=num_cpus, gpus=0, memory_gib=64),)
 
     def finish(self, attempt_id: str, state: LaunchState, message: str = "") -> None:
         """From now on the cluster says this of the attempt."""

@@ -1,10 +1,10 @@
-"""Evaluations and drift over a job's life. Of a step that several attempts came to, the latest attempt's is told."""
+"""What a job found out about itself over its life; of a step that several attempts came to, what the latest told."""
 
 from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from service.jobs import Drift, Evaluation, RankStarted
+from service.jobs import CheckpointSaved, Drift, Evaluation, RankStarted
 from service.store.events import bodies_of_type
 
 _Checkup = TypeVar("_Checkup", Evaluation, Drift)
@@ -24,6 +24,15 @@ def start_of(connection: Connection, job_id: str) -> RankStarted | None:
     """What a rank of the newest attempt said when it was ready; None before any was."""
     told = bodies_of_type(connection, job_id, "rank_started")
     return RankStarted.model_validate_json(told[-1][1]) if told else None
+
+
+def checkpoints_of(connection: Connection, job_id: str) -> list[CheckpointSaved]:
+    """Every checkpoint in order of steps, less those that a later attempt dropped by saving an earlier step."""
+    saved: list[CheckpointSaved] = []
+    for _, body in bodies_of_type(connection, job_id, "checkpoint"):
+        checkpoint = CheckpointSaved.model_validate_json(body)
+        saved = [other for other in saved if other.step < checkpoint.step] + [checkpoint]
+    return saved
 
 
 def _by_step(connection: Connection, job_id: str, event_type: str, kind: type[_Checkup]) -> list[_Checkup]:

@@ -4,18 +4,29 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from service.errors import StoreUnavailable
+
+MAX_TRIES = 3
+"""How often a write is tried that the database gives up so that another can go on."""
+
+_GAVE_WAY = frozenset({"40001", "40P01"})
+"""SQLSTATE of a serialization failure and of a deadlock: nothing of the transaction has happened."""
+
+_Answer = TypeVar("_Answer")
 
 
 class Database:
     """Transactions over one engine; a failing database raises `StoreUnavailable`.
 
     ``writing`` is entered around every write transaction; ``remedy`` is said where the database does not answer.
+    A server's answer to a commit may be lost on its way; then, and only then, the error does not tell whether the
+    transaction was stored. Every write of ours can be asked for again: it compares before it sets, or knows its key.
     """
 
     def __init__(
@@ -25,7 +36,7 @@ class Database:
         name: str,
         *,
         remedy: str,
-        writing: Callable[[], AbstractContextManager[None]],
+        writing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._reader = reader
         self._writer = writer
@@ -51,6 +62,22 @@ class Database:
         with self._answering(), self._writing(), self._writer.connect() as connection, connection.begin():
             yield connection
 
+    def transact(self, work: Callable[[Connection], _Answer]) -> _Answer:
+        """What ``work`` answers, all of it stored in one transaction of `write`, or nothing.
+
+        Where the database gives the transaction up to resolve a deadlock, ``work`` is done anew from its beginning,
+        at most `MAX_TRIES` times in all; so it must do nothing but read and write this connection.
+        """
+        for _ in range(MAX_TRIES - 1):
+            try:
+                with self.write() as connection:
+                    return work(connection)
+            except StoreUnavailable as error:
+                if not _gave_way(error.__cause__):
+                    raise
+        with self.write() as connection:
+            return work(connection)
+
     def close(self) -> None:
         """Give back every connection; later calls raise `StoreUnavailable`."""
         self._closed = True
@@ -70,8 +97,12 @@ def answering(name: str, remedy: str) -> Iterator[None]:
     """Tell what the database ``name`` could not do as `StoreUnavailable`; our own mistakes stay what they are."""
     try:
         yield
-    except (IntegrityError, ProgrammingError):
+    except (DataError, IntegrityError, ProgrammingError):
         raise
     except SQLAlchemyError as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         raise StoreUnavailable(f"{name} does not answer: {str(cause).strip()}; {remedy}") from error
+
+
+def _gave_way(error: BaseException | None) -> bool:
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _GAVE_WAY

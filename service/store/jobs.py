@@ -1,12 +1,12 @@
 """Jobs as they stand, and the changes of state that only one writer can win."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, func, select, update
 
 from service.errors import Conflict, NotFound
 from service.jobs import TRANSITIONS, Job, JobSpec, JobState, Phase, Progress, Reason, ReasonClass
@@ -21,13 +21,13 @@ _IDS_AT_ONCE = 1000
 """A statement takes a bounded number of values on every database."""
 
 
-def job_of_row(row: Row[Any], now: datetime) -> Job:
-    """The view of a stored job at the time ``now``."""
+def job_of_row(row: Row[Any], now: datetime, spec: JobSpec | None = None) -> Job:
+    """The view of a stored job at the time ``now``; its spec need not be parsed again where it is known."""
     state = JobState(row.state)
     silence = None if row.heartbeat_at is None else max(now - row.heartbeat_at, timedelta(0))
     return Job(
         id=row.id,
-        spec=JobSpec.model_validate_json(row.spec),
+        spec=JobSpec.model_validate_json(row.spec) if spec is None else spec,
         owner=row.owner,
         state=state,
         phase=row.phase,
@@ -69,11 +69,17 @@ def require_job(connection: Connection, job_id: str) -> None:
         raise NotFound(f"there is no job {job_id}")
 
 
-def unfinished_jobs(connection: Connection, now: datetime) -> list[Job]:
-    """Every job that is not terminal, oldest first."""
+def unfinished_jobs(connection: Connection, now: datetime, known: Mapping[tuple[str, int], JobSpec]) -> list[Job]:
+    """Every job that is not terminal, oldest first; ``known`` are specs by id and version, which never change."""
     states = [state for state in JobState if not state.terminal]
     query = select(jobs).where(jobs.c.state.in_(states)).order_by(jobs.c.created_at, jobs.c.id)
-    return [job_of_row(row, now) for row in connection.execute(query)]
+    return [job_of_row(row, now, known.get((row.id, row.version))) for row in connection.execute(query)]
+
+
+def count_jobs(connection: Connection, owner: str, states: Collection[JobState]) -> int:
+    """How many of the owner's jobs are in any of ``states``."""
+    query = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(sorted(states)))
+    return connection.execute(query).scalar_one()
 
 
 def states_of(connection: Connection, ids: Iterable[str]) -> dict[str, JobState]:
@@ -152,18 +158,20 @@ def describe_job(
     reason: Reason | EllipsisType | None,
     detail: str | EllipsisType,
     now: datetime,
+    version: int | None = None,
     lease: Lease | None = None,
 ) -> Job:
     """Change what is said of a job that is not terminal, with an event if anything changed; ``...`` leaves as is.
 
-    The job is locked from being read on, so that it cannot become terminal before it is written. Raises: LeaseLost.
+    With ``version``, only while the job still has it: what was true of a queued job may not be of a paused one. The
+    job is locked from being read on, so that it cannot become terminal before it is written. Raises: LeaseLost.
     """
     require_lease(connection, lease)
     job = get_job(connection, job_id, now, lock=True)
     said: dict[str, Any] = {"phase": job.phase, "reason": job.reason, "detail": job.detail}
     wanted = {"phase": phase, "reason": reason, "detail": detail}
     changes = {name: value for name, value in wanted.items() if value is not ... and value != said[name]}
-    if job.state.terminal or not changes:
+    if job.state.terminal or not changes or version not in (None, job.version):
         return job
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(**changes, updated_at=now))
     append_events(connection, job_id, [phase_changed(now, job.attempt or None, **(said | changes))])

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Self
 
+from pydantic import SecretStr
 from sqlalchemy import literal, select
 
 from service.errors import Conflict
 from service.jobs import (
     ANONYMOUS,
     Attempt,
+    CheckpointSaved,
     Drift,
     Evaluation,
     IngestBatch,
@@ -28,11 +30,26 @@ from service.jobs import (
     Reason,
     ReasonClass,
 )
-from service.store import attempts, births, checkups, events, ingest, jobs, leases, logs, pages, steering, steps
-from service.store.engine import Database
+from service.store import (
+    attempts,
+    births,
+    checkups,
+    events,
+    glances,
+    ingest,
+    jobs,
+    leases,
+    logs,
+    pages,
+    steering,
+    steps,
+)
 from service.store.api_keys import ApiKeys
 from service.store.audit import AuditTrail
+from service.store.engine import Database
+from service.store.glances import Glance
 from service.store.leases import Lease
+from service.store.postgresql import open_postgresql
 from service.store.principals import Principals
 from service.store.sqlite import open_sqlite
 
@@ -52,6 +69,7 @@ class JobStore:
     def __init__(self, database: Database, clock: Callable[[], datetime] = utc_now) -> None:
         self._database = database
         self._clock = clock
+        self._parsed: dict[tuple[str, int], JobSpec] = {}
         self.principals = Principals(database, clock)
         self.keys = ApiKeys(database, clock)
         self.audit = AuditTrail(database, clock)
@@ -60,6 +78,11 @@ class JobStore:
     def open(cls, path: Path, *, busy_timeout_s: float = 5.0, clock: Callable[[], datetime] = utc_now) -> Self:
         """The store in the SQLite file ``path``, made if missing."""
         return cls(open_sqlite(path, busy_timeout_s), clock)
+
+    @classmethod
+    def connect(cls, url: SecretStr, *, busy_timeout_s: float = 5.0, clock: Callable[[], datetime] = utc_now) -> Self:
+        """The store in the PostgreSQL database ``url``, its tables made or upgraded if need be; several may share it."""
+        return cls(open_postgresql(url, busy_timeout_s), clock)
 
     def close(self) -> None:
         """Let go of the database; later calls raise StoreUnavailable."""
@@ -85,8 +108,8 @@ class JobStore:
 
         Raises: InvalidRequest where the owner used the key with another spec, or has not the jobs in ``spec.after``.
         """
-        with self._database.write() as connection:
-            return births.create_job(
+        return self._database.transact(
+            lambda connection: births.create_job(
                 connection,
                 spec,
                 idempotency_key,
@@ -95,6 +118,7 @@ class JobStore:
                 retry_of=retry_of,
                 start_checkpoint=start_checkpoint,
             )
+        )
 
     def recall(self, spec: JobSpec, idempotency_key: str, *, owner: str = ANONYMOUS) -> Job | None:
         """The job that this owner, key and spec made before, if they did. Raises: InvalidRequest as `create` does."""
@@ -137,7 +161,15 @@ class JobStore:
     def unfinished(self) -> list[Job]:
         """Every job that is not terminal, oldest first."""
         with self._database.read() as connection:
-            return jobs.unfinished_jobs(connection, self._clock())
+            found = jobs.unfinished_jobs(connection, self._clock(), self._parsed)
+        # To parse hundreds of specs is most of what a look at hundreds of jobs would cost.
+        self._parsed = {(job.id, job.version): job.spec for job in found}
+        return found
+
+    def count_jobs(self, owner: str, states: Collection[JobState]) -> int:
+        """How many of the owner's jobs are in any of ``states``."""
+        with self._database.read() as connection:
+            return jobs.count_jobs(connection, owner, states)
 
     def states_of(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each of these jobs; one that does not exist is absent."""
@@ -162,8 +194,8 @@ class JobStore:
         Raises: Conflict where the step is not in `TRANSITIONS`, or the job is no longer what the caller saw;
             LeaseLost where ``lease`` is no longer its holder's.
         """
-        with self._database.write() as connection:
-            return jobs.change_state(
+        return self._database.transact(
+            lambda connection: jobs.change_state(
                 connection,
                 job,
                 to,
@@ -174,6 +206,7 @@ class JobStore:
                 stop_saves=stop_saves,
                 lease=lease,
             )
+        )
 
     def describe(
         self,
@@ -182,16 +215,26 @@ class JobStore:
         phase: Phase | EllipsisType | None = ...,
         reason: Reason | EllipsisType | None = ...,
         detail: str | EllipsisType = ...,
+        version: int | None = None,
         lease: Lease | None = None,
     ) -> Job:
         """Change what is said of the job, not its state; what is left out stays.
 
-        Writes an event only if something changed. Of a terminal job nothing changes any more. Raises: LeaseLost.
+        Writes an event only if something changed. Of a terminal job nothing changes any more, and with ``version``
+        nothing of a job that has another one by now. Raises: LeaseLost.
         """
-        with self._database.write() as connection:
-            return jobs.describe_job(
-                connection, job_id, phase=phase, reason=reason, detail=detail, now=self._clock(), lease=lease
+        return self._database.transact(
+            lambda connection: jobs.describe_job(
+                connection,
+                job_id,
+                phase=phase,
+                reason=reason,
+                detail=detail,
+                now=self._clock(),
+                version=version,
+                lease=lease,
             )
+        )
 
     def set_queue_positions(self, positions: Mapping[str, int | None], lease: Lease | None = None) -> None:
         """Remember the place of each queued job; a job that leaves the queue loses its place by itself.
@@ -201,34 +244,45 @@ class JobStore:
         with self._database.read() as connection:
             changed = steering.changed_positions(connection, positions)
         if changed:
-            with self._database.write() as connection:
-                steering.set_positions(connection, changed, lease)
+            self._database.transact(lambda connection: steering.set_positions(connection, changed, lease))
 
     def request_checkpoint(self, job_id: str) -> Job:
         """Ask a starting or running job for a checkpoint, with an event. Raises: Conflict in any other state."""
-        with self._database.write() as connection:
-            return steering.request_checkpoint(connection, job_id, self._clock())
+        return self._database.transact(
+            lambda connection: steering.request_checkpoint(connection, job_id, self._clock())
+        )
 
     def resume(self, job: Job, num_workers: int | None = None) -> Job:
         """Queue a paused job again; another number of workers shares the same number of images a step.
 
         Raises: Conflict as `transition` does; InvalidRequest at /num_workers where they cannot be shared so.
         """
-        with self._database.write() as connection:
-            return steering.resume_job(connection, job, num_workers, self._clock())
+        return self._database.transact(
+            lambda connection: steering.resume_job(connection, job, num_workers, self._clock())
+        )
 
     def set_priority(self, job: Job, priority: int) -> Job:
         """Change the job's priority, with an event, while it is not terminal; the same again changes nothing.
 
         Raises: Conflict as `transition` does; InvalidRequest at /priority.
         """
-        with self._database.write() as connection:
-            return steering.set_priority(connection, job, priority, self._clock())
+        return self._database.transact(
+            lambda connection: steering.set_priority(connection, job, priority, self._clock())
+        )
 
     def observed(self, job_id: str) -> None:
         """Remember that the cluster has just answered about this job."""
-        with self._database.write() as connection:
-            jobs.set_observed(connection, job_id, self._clock())
+        self._database.transact(lambda connection: jobs.set_observed(connection, job_id, self._clock()))
+
+    def glances(self, job_ids: Collection[str]) -> dict[str, Glance]:
+        """What followers of these jobs need to know, in as few queries as can be; absent for jobs that do not exist."""
+        with self._database.read() as connection:
+            return glances.glance_at(connection, job_ids)
+
+    def count_by_state(self) -> dict[JobState, int]:
+        """How many jobs are in each state; states without any are absent."""
+        with self._database.read() as connection:
+            return glances.count_by_state(connection)
 
     def count_recoveries(self, job_id: str) -> dict[ReasonClass, int]:
         """How often the job went to recovering, by class of reason."""
@@ -244,8 +298,7 @@ class JobStore:
         """
         if job.state not in (JobState.QUEUED, JobState.RECOVERING):
             raise Conflict(f"{job.id} is {job.state}; only a queued or recovering job starts an attempt")
-        with self._database.write() as connection:
-            return attempts.start_attempt(connection, job, self._clock(), lease)
+        return self._database.transact(lambda connection: attempts.start_attempt(connection, job, self._clock(), lease))
 
     def attempt(self, job_id: str, number: int) -> Attempt:
         """An attempt as far as it has reported."""
@@ -254,8 +307,9 @@ class JobStore:
 
     def ingest(self, attempt_id: str, token: str, batch: IngestBatch) -> IngestReply:
         """Take in what an attempt tells; see `service.store.ingest.ingest`."""
-        with self._database.write() as connection:
-            return ingest.ingest(connection, attempt_id, token, batch, self._clock())
+        return self._database.transact(
+            lambda connection: ingest.ingest(connection, attempt_id, token, batch, self._clock())
+        )
 
     # Leases
 
@@ -264,18 +318,17 @@ class JobStore:
 
         A holder that asks again keeps its token; see `service.store.leases`.
         """
-        with self._database.write() as connection:
-            return leases.acquire_lease(connection, name, holder, ttl_s, self._clock())
+        return self._database.transact(
+            lambda connection: leases.acquire_lease(connection, name, holder, ttl_s, self._clock())
+        )
 
     def renew_lease(self, lease: Lease, ttl_s: float) -> bool:
         """Whether the lease is still its holder's, from now on for ``ttl_s``."""
-        with self._database.write() as connection:
-            return leases.renew_lease(connection, lease, ttl_s, self._clock())
+        return self._database.transact(lambda connection: leases.renew_lease(connection, lease, ttl_s, self._clock()))
 
     def release_lease(self, lease: Lease) -> None:
         """Let anyone take the lease at once."""
-        with self._database.write() as connection:
-            leases.release_lease(connection, lease, self._clock())
+        self._database.transact(lambda connection: leases.release_lease(connection, lease, self._clock()))
 
     # What was told
 
@@ -327,6 +380,12 @@ class JobStore:
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
             return checkups.start_of(connection, job_id)
+
+    def checkpoints(self, job_id: str) -> list[CheckpointSaved]:
+        """The job's checkpoints in order of steps, as its attempts told; the disk keeps only the newest few."""
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            return checkups.checkpoints_of(connection, job_id)
 
     def evaluations(self, job_id: str) -> list[Evaluation]:
         """Evaluations in order of steps; of a repeated step the latest attempt's."""

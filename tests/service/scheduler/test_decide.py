@@ -18,20 +18,39 @@ from service.jobs import (
     Retries,
     Timeouts,
 )
-from service.scheduler import Decision, LaunchState, Observation, decide
-from service.scheduler.decide import queue_deadline_passed
+from service.scheduler import (
+    Decision,
+    Evidence,
+    LaunchState,
+    Observation,
+    decide,
+    passed_deadline,
+    within_budget,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SUCCEEDED = AttemptEnded(outcome=Outcome.SUCCEEDED)
+SAVED = AttemptEnded(outcome=Outcome.STOPPED, checkpoint_step=40)
+LEFT = AttemptEnded(outcome=Outcome.STOPPED, detail="stopped by Ray with SIGTERM")
 LOST = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.WORKER_LOST, detail="rank 1 on node a died")
+FULL = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.CHECKPOINT_FAILED, detail="no space left on device")
 WRONG = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.TRAINING_ERROR, detail="ValueError: too few images")
 
 
-def job(state: JobState, **timeouts: float) -> Job:
+def job(state: JobState, *, since_s: float = 50.0, stop_saves: bool = False, **timeouts: float) -> Job:
+    """A job submitted 100 s ago that has been in its state for ``since_s``."""
     spec = JobSpec(name="t", epochs=1, num_workers=2, timeouts=Timeouts(**timeouts))
     born = NOW - timedelta(seconds=100)
     return Job(
-        id="job_1", spec=spec, state=state, attempt=1, version=3, state_since=born, created_at=born, updated_at=born
+        id="job_1",
+        spec=spec,
+        state=state,
+        state_since=NOW - timedelta(seconds=since_s),
+        stop_saves=stop_saves,
+        attempt=1,
+        version=3,
+        created_at=born,
+        updated_at=born,
     )
 
 
@@ -42,9 +61,10 @@ def decision(
     ended: AttemptEnded | None = None,
     ranks: int = 2,
     silent_s: float | None = 1.0,
-    used: dict[ReasonClass, int] | None = None,
-    service_age_s: float = 1000.0,
-    **timeouts: float,
+    listening_s: float = 1000.0,
+    step_s: float | None = None,
+    resumable_step: int | None = None,
+    **about_job: Any,
 ) -> Decision:
     heartbeat = None if silent_s is None else NOW - timedelta(seconds=silent_s)
     attempt = Attempt(
@@ -55,8 +75,15 @@ def decision(
         num_ranks_started=ranks,
         ended=ended,
     )
-    observation = None if says is None else Observation(says, "words of the cluster")
-    return decide(job(state, **timeouts), attempt, observation, used or {}, NOW, NOW - timedelta(seconds=service_age_s))
+    evidence = Evidence(
+        attempt=attempt,
+        observation=None if says is None else Observation(says, "words of the cluster"),
+        now=NOW,
+        listening_since=NOW - timedelta(seconds=listening_s),
+        last_step_at=None if step_s is None else NOW - timedelta(seconds=step_s),
+        resumable_step=resumable_step,
+    )
+    return decide(job(state, **about_job), evidence)
 
 
 S, L = JobState, LaunchState
@@ -77,27 +104,60 @@ S, L = JobState, LaunchState
         ((S.RUNNING, None, {"ended": SUCCEEDED}), S.SUCCEEDED, None),
         ((S.RUNNING, L.FAILED, {"ended": LOST}), S.RECOVERING, Reason.WORKER_LOST),
         ((S.STARTING, L.FAILED, {"ended": LOST, "ranks": 0}), S.RECOVERING, Reason.WORKER_LOST),
-        # errors of the user's own are not repeated
-        ((S.RUNNING, L.FAILED, {"ended": WRONG}), S.FAILED, Reason.TRAINING_ERROR),
+        ((S.RUNNING, L.FAILED, {"ended": WRONG}), S.RECOVERING, Reason.TRAINING_ERROR),
         # no last word, and the cluster says it is over
         ((S.RUNNING, L.FAILED), S.RECOVERING, Reason.RUNNER_LOST),
         ((S.RUNNING, L.UNKNOWN), S.RECOVERING, Reason.RUNNER_LOST),
         ((S.RUNNING, L.SUCCEEDED), S.RECOVERING, Reason.RUNNER_LOST),
         # silence
         ((S.RUNNING, L.RUNNING, {"silent_s": 61.0}), S.RECOVERING, Reason.NO_HEARTBEAT),
-        ((S.RUNNING, L.RUNNING, {"silent_s": 61.0, "service_age_s": 30.0}), None, None),
+        ((S.RUNNING, L.RUNNING, {"silent_s": 61.0, "listening_s": 30.0}), None, None),
         ((S.RUNNING, L.RUNNING, {"silent_s": 11.0, "heartbeat_s": 10.0}), S.RECOVERING, Reason.NO_HEARTBEAT),
         ((S.STARTING, L.PENDING, {"ranks": 0, "silent_s": None}), S.RECOVERING, Reason.NO_HEARTBEAT),
         ((S.STARTING, L.PENDING, {"ranks": 0, "silent_s": None, "heartbeat_s": 150.0}), None, None),
         # deadlines
         ((S.RUNNING, L.RUNNING, {"total_s": 99.0}), S.FAILED, Reason.TOTAL_DEADLINE),
         ((S.RUNNING, L.RUNNING, {"total_s": 101.0}), None, None),
+        ((S.RECOVERING, L.STOPPED, {"total_s": 99.0}), S.FAILED, Reason.TOTAL_DEADLINE),
+        # a running job that takes no step, counted from when it came to run and from when somebody looked
+        ((S.RUNNING, L.RUNNING, {"step_s": 31.0, "idle_s": 30.0}), S.FAILED, Reason.IDLE_DEADLINE),
+        ((S.RUNNING, L.RUNNING, {"step_s": 29.0, "idle_s": 30.0}), None, None),
+        ((S.RUNNING, L.RUNNING, {"idle_s": 30.0}), S.FAILED, Reason.IDLE_DEADLINE),
+        ((S.RUNNING, L.RUNNING, {"idle_s": 30.0, "since_s": 20.0}), None, None),
+        ((S.RUNNING, L.RUNNING, {"idle_s": 30.0, "listening_s": 20.0}), None, None),
+        ((S.STARTING, L.RUNNING, {"step_s": 31.0, "idle_s": 30.0, "ranks": 0}), None, None),
         # cancelling ends when nothing of the attempt is left
         ((S.CANCELLING, L.RUNNING), None, None),
         ((S.CANCELLING, None), None, None),
         ((S.CANCELLING, L.STOPPED), S.CANCELLED, Reason.CANCELLED_BY_USER),
         ((S.CANCELLING, L.UNKNOWN), S.CANCELLED, Reason.CANCELLED_BY_USER),
         ((S.CANCELLING, L.SUCCEEDED, {"ended": SUCCEEDED}), S.SUCCEEDED, None),
+        ((S.CANCELLING, L.STOPPED, {"ended": SAVED, "stop_saves": True}), S.CANCELLED, Reason.CANCELLED_BY_USER),
+        ((S.CANCELLING, L.FAILED, {"ended": WRONG, "stop_saves": True}), S.CANCELLED, Reason.CANCELLED_BY_USER),
+        # pausing ends when the checkpoint is told and nothing of the attempt is left
+        ((S.PAUSING, L.RUNNING), None, None),
+        ((S.PAUSING, L.RUNNING, {"ended": SAVED}), None, None),
+        ((S.PAUSING, None, {"ended": SAVED}), None, None),
+        ((S.PAUSING, L.SUCCEEDED, {"ended": SAVED}), S.PAUSED, Reason.PAUSED_BY_USER),
+        ((S.PAUSING, L.UNKNOWN, {"ended": SAVED}), S.PAUSED, Reason.PAUSED_BY_USER),
+        # it finished first
+        ((S.PAUSING, L.RUNNING, {"ended": SUCCEEDED}), S.SUCCEEDED, None),
+        ((S.PAUSING, None, {"ended": SUCCEEDED}), S.SUCCEEDED, None),
+        # without the wanted checkpoint, an older one counts; without any, it goes on
+        ((S.PAUSING, L.FAILED, {"ended": FULL, "resumable_step": 20}), S.PAUSED, Reason.PAUSED_BY_USER),
+        ((S.PAUSING, L.FAILED, {"ended": FULL}), S.RECOVERING, Reason.CHECKPOINT_FAILED),
+        ((S.PAUSING, L.FAILED, {"ended": LOST, "resumable_step": 20}), S.PAUSED, Reason.PAUSED_BY_USER),
+        ((S.PAUSING, L.FAILED, {"ended": LOST}), S.RECOVERING, Reason.WORKER_LOST),
+        ((S.PAUSING, L.FAILED), S.RECOVERING, Reason.RUNNER_LOST),
+        ((S.PAUSING, L.STOPPED, {"ended": LEFT}), S.RECOVERING, Reason.CHECKPOINT_FAILED),
+        ((S.PAUSING, L.STOPPED, {"since_s": 61.0}), S.RECOVERING, Reason.CHECKPOINT_FAILED),
+        ((S.PAUSING, L.STOPPED, {"since_s": 61.0, "resumable_step": 20}), S.PAUSED, Reason.PAUSED_BY_USER),
+        ((S.PAUSING, L.STOPPED, {"since_s": 61.0, "resumable_step": 0}), S.PAUSED, Reason.PAUSED_BY_USER),
+        # an error of the user's own is told as what it is
+        ((S.PAUSING, L.FAILED, {"ended": WRONG, "resumable_step": 20}), S.FAILED, Reason.TRAINING_ERROR),
+        # waiting and paused jobs are nobody's business here
+        ((S.PAUSED, L.RUNNING), None, None),
+        ((S.QUEUED, L.UNKNOWN), None, None),
     ],
 )
 def test_what_follows(arguments: tuple[Any, ...], to: JobState | None, reason: Reason | None) -> None:
@@ -107,16 +167,53 @@ def test_what_follows(arguments: tuple[Any, ...], to: JobState | None, reason: R
     assert made.to is None or made.to in TRANSITIONS[state]
 
 
-@pytest.mark.parametrize("state", [S.CANCELLING, S.RECOVERING])
-def test_processes_that_still_run_are_stopped_first(state: JobState) -> None:
-    assert decision(state, L.RUNNING) == Decision(stop=True)
+@pytest.mark.parametrize(
+    ("state", "about_job"),
+    [
+        (S.RECOVERING, {}),
+        (S.CANCELLING, {}),
+        (S.CANCELLING, {"stop_saves": True, "since_s": 61.0}),
+        (S.CANCELLING, {"stop_saves": True, "since_s": 6.0, "stop_grace_s": 5.0}),
+        (S.PAUSING, {"since_s": 61.0}),
+        (S.PAUSING, {"since_s": 0.1, "stop_grace_s": 0.0}),
+    ],
+)
+def test_processes_that_are_not_wanted_or_had_their_grace_are_stopped(
+    state: JobState, about_job: dict[str, Any]
+) -> None:
+    assert decision(state, L.RUNNING, **about_job) == Decision(stop=True)
+    assert decision(state, None, **about_job) == Decision()
+
+
+def test_a_job_that_shall_save_is_left_alone_during_its_grace() -> None:
+    for state in (S.PAUSING, S.CANCELLING):
+        assert decision(state, L.RUNNING, stop_saves=True, since_s=59.0) == Decision()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"ended": SAVED}, "saved at step 40"),
+        ({"ended": FULL, "resumable_step": 20}, "no space left on device; a resume goes on from step 20"),
+        ({"since_s": 61.0, "resumable_step": 20}, "stop_grace_s of 60 s; a resume goes on from step 20"),
+        ({"since_s": 61.0, "resumable_step": 0}, "a resume goes on from the beginning"),
+        ({"ended": FULL}, "no space left on device; there is no checkpoint to pause at, so it goes on"),
+    ],
+)
+def test_a_pause_says_from_where_a_resume_goes_on(arguments: dict[str, Any], said: str) -> None:
+    assert said in decision(S.PAUSING, L.STOPPED, **arguments).detail
+
+
+def test_a_cancelled_job_says_whether_it_was_saved() -> None:
+    for ended, said in ((SAVED, "saved at step 40 first"), (LEFT, "it left without saving a checkpoint")):
+        assert decision(S.CANCELLING, L.STOPPED, ended=ended, stop_saves=True).detail == said
+    assert decision(S.CANCELLING, L.STOPPED, ended=LEFT).detail == ""
 
 
 def test_of_a_traceback_only_the_line_that_names_the_error_is_told() -> None:
     attempt = Attempt(job_id="job_1", number=1, created_at=NOW, heartbeat_at=NOW)
     traceback = "Traceback:\n  File x\nImportError: no module named y\n\n"
-    observation = Observation(LaunchState.FAILED, traceback)
-    made = decide(job(S.RUNNING), attempt, observation, {}, NOW, NOW)
+    made = decide(job(S.RUNNING), Evidence(attempt, Observation(LaunchState.FAILED, traceback), NOW, NOW))
     assert made.detail == "the runner left without a last word; the cluster says failed: ImportError: no module named y"
     assert made.keep_output
 
@@ -138,16 +235,34 @@ def test_a_silent_runner_is_stopped_and_what_it_wrote_is_kept() -> None:
 @pytest.mark.parametrize("reason_class", [ReasonClass(name) for name in Retries.model_fields])
 def test_each_class_of_reason_has_its_own_budget(reason_class: ReasonClass) -> None:
     reason = next(reason for reason in Reason if reason.reason_class is reason_class)
-    ended = AttemptEnded(outcome=Outcome.FAILED, reason=reason)
+    wanted = Decision(S.RECOVERING, reason, "it broke")
     budget = Retries().of_class(reason_class)
     others = {other: 99 for other in ReasonClass if other is not reason_class}
-    assert decision(S.RUNNING, ended=ended, used=others | {reason_class: budget - 1}).to is S.RECOVERING
-    given_up = decision(S.RUNNING, ended=ended, used={reason_class: budget})
-    assert given_up.to is S.FAILED
-    assert f"gave up after {budget} recoveries" in given_up.detail
+    assert within_budget(job(S.RUNNING), wanted, others | {reason_class: budget - 1}) == wanted
+    given_up = within_budget(job(S.RUNNING), wanted, {reason_class: budget})
+    assert (given_up.to, given_up.reason) == (S.FAILED, reason)
+    assert given_up.detail == f"it broke (gave up after {budget} recoveries of class {reason_class})"
 
 
-def test_a_queued_job_may_only_wait_as_long_as_its_owner_allows() -> None:
-    assert queue_deadline_passed(job(S.QUEUED, queue_s=99.0), NOW)
-    assert not queue_deadline_passed(job(S.QUEUED, queue_s=101.0), NOW)
-    assert not queue_deadline_passed(job(S.QUEUED), NOW)
+def test_errors_of_the_users_own_are_not_repeated() -> None:
+    failed = within_budget(job(S.RUNNING), decision(S.RUNNING, L.FAILED, ended=WRONG), {})
+    assert (failed.to, failed.reason, failed.detail) == (S.FAILED, Reason.TRAINING_ERROR, WRONG.detail)
+    assert within_budget(job(S.RUNNING), Decision(S.SUCCEEDED), {}) == Decision(S.SUCCEEDED)
+
+
+@pytest.mark.parametrize(
+    ("about_job", "reason"),
+    [
+        ({"queue_s": 49.0}, Reason.QUEUE_DEADLINE),
+        ({"queue_s": 51.0}, None),  # it is 100 s old, and came into the queue 50 s ago
+        ({"total_s": 99.0}, Reason.TOTAL_DEADLINE),
+        ({"total_s": 101.0}, None),
+        ({}, None),
+    ],
+)
+def test_a_queued_job_may_only_wait_as_long_as_its_owner_allows(
+    about_job: dict[str, float], reason: Reason | None
+) -> None:
+    late = passed_deadline(job(S.QUEUED, **about_job), NOW)
+    assert (late and late.reason) == reason
+    assert late is None or (late.to, late.stop) == (S.FAILED, False)
