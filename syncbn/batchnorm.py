@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.exchange import peers
 from syncbn.functional import batch_norm_over, zero_where_masked
+from syncbn.kernels.aten import statistics_dtype
 from syncbn.moments import BatchMoments
 from syncbn.recomputation import is_recomputing
 
@@ -23,8 +24,9 @@ class SyncBatchNorm(_BatchNorm):
     """Batch normalization over every rank of ``process_group``.
 
     In training each rank's batch is normalized by the mean and variance of all ranks' batches together, so that W
-    ranks compute what one process would with the joined batch. In evaluation, and where a process has no peers,
-    it is torch's BatchNorm, plus masks, empty batches and checkpointing.
+    ranks compute what one process would with the joined batch. In evaluation it is torch's BatchNorm, plus masks and
+    mixed types. Where a process has no peers it is that in training too, plus empty batches and checkpointing, as far
+    as torch sums without loss: in float64, and in float32 on a CPU with channels first, 3-d and more.
 
     Shape: ``(N, C, *) -> (N, C, *)``, 2-d to 5-d; ``N`` and ``*`` may differ by rank and ``N`` may be 0.
     Units: ``running_mean`` as the input; ``running_var`` squared, unbiased over the global batch
@@ -56,6 +58,7 @@ class SyncBatchNorm(_BatchNorm):
         process_group: whom to exchange with; None for the default group, if there is one when the layer is called.
         device: where parameters and buffers are made.
         dtype: type of parameters and buffers; half-precision inputs want them in float32.
+        bias: whether there is a ``bias`` beside the ``weight``.
     """
 
     layer_name = ""
@@ -74,8 +77,12 @@ class SyncBatchNorm(_BatchNorm):
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = process_group
         self._num_input_dims: int | None = None  # of the last input, for the way back to torch's class
 
@@ -92,15 +99,25 @@ class SyncBatchNorm(_BatchNorm):
         if not torch.compiler.is_compiling():  # an exported program may have no side effects
             self._num_input_dims = input.dim()
         group = peers(self.process_group) if self.training else None
-        if group is not None or mask is not None or (self.training and self._is_beyond_torch(input)):
-            return self._forward_beyond_torch(group, input, mask)
+        uses_batch = self.training or self.running_mean is None
+        if group is not None or (uses_batch and (mask is not None or not self._can_leave_batch_to_torch(input))):
+            return self._normalize_by_batch(group, input, mask)
         if self.training and is_recomputing():
             return self._forward_uncounted(input)
-        return self._forward_as_torch(input)
+        if mask is None:
+            return self._forward_as_torch(input)
+        return zero_where_masked(self._forward_as_torch(zero_where_masked(input, mask)), mask)
 
     def _forward_as_torch(self, input: Tensor) -> Tensor:
-        # Not super's, which in a subclass may be that of torch's SyncBatchNorm.
-        return _BatchNorm.forward(self, input)
+        if self._has_torchs_types(input):
+            # Not super's, which in a subclass may be that of torch's SyncBatchNorm.
+            return _BatchNorm.forward(self, input)
+        dtype = statistics_dtype(input)
+        mean, var, weight, bias = (
+            None if tensor is None else tensor.to(dtype)
+            for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _forward_uncounted(self, input: Tensor) -> Tensor:
         """What torch's layer computes in training, leaving the buffers, which a first run has moved already.
@@ -111,16 +128,32 @@ class SyncBatchNorm(_BatchNorm):
         mean, var = (None if buffer is None else buffer.clone() for buffer in tracked)
         return F.batch_norm(input, mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
-    def _is_beyond_torch(self, input: Tensor) -> bool:
-        """Whether torch's layer would track, make NaN of the batch, or could not be compiled whole."""
-        cannot_compile = self.momentum is None and torch.compiler.is_compiling()
-        return input.numel() == 0 or self.instead_of_tracking is not None or cannot_compile
+    def _can_leave_batch_to_torch(self, input: Tensor) -> bool:
+        """Whether torch's layer would take ``input``'s statistics, in training exactly, and track them as we do.
 
-    def _forward_beyond_torch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
-        if self.training or self.running_mean is None:
-            return self._normalize_by_batch(group, input, mask)
-        assert mask is not None
-        return zero_where_masked(self._forward_as_torch(zero_where_masked(input, mask)), mask)
+        Its sums in float32 are exact only along the rows of a CPU tensor: with channels last, a mean of 1e4 standard
+        deviations can leave a variance that is 90 times too large.
+        """
+        if not self._has_torchs_types(input):
+            return False
+        if not self.training:
+            return True
+        if input.numel() == 0 or self.instead_of_tracking is not None:
+            return False
+        if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active() or input.is_meta:
+            return self.momentum is not None  # else torch reads its count of batches
+        if torch.compiler.is_compiling() or input.device.type != "cpu":
+            return False
+        if input.dtype == torch.float64:
+            return True
+        return input.dtype == torch.float32 and input.is_contiguous() and not input.movedim(1, -1).is_contiguous()
+
+    def _has_torchs_types(self, input: Tensor) -> bool:
+        """Whether parameters and buffers are of ``input``'s type, or of float32 beside a half-precision input."""
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        types = {tensor.dtype for tensor in tensors if tensor is not None}
+        is_half = input.dtype in (torch.float16, torch.bfloat16)
+        return types <= {input.dtype} or (is_half and types == {torch.float32})
 
     def _normalize_by_batch(self, group: ProcessGroup | None, input: Tensor, mask: Tensor | None) -> Tensor:
         tracked = self.training and self.track_running_stats

@@ -47,7 +47,8 @@ def sync_batch_norm(
         and ``2C`` values for the backward. A mask makes training wait for the device, once.
     Raises: ValueError if the ranks together hold only one value per channel; judged after the exchange, so that
         every rank raises (inside `torch.compile` and CUDA graphs it is a RuntimeError of the device). ValueError if
-        ``momentum`` is None without ``num_batches_tracked``, or if the mask fits no position of ``input``.
+        a per-channel argument is not ``(C,)``, if ``eps`` is not positive, if ``momentum`` is None without ``num_batches_tracked``, or if the
+        mask fits no position of ``input``. TypeError under `torch.vmap`, which has no meaning for what all share.
     Source: Ioffe and Szegedy 2015, Algorithms 1 and 2.
     """
     return batch_norm_over(
@@ -70,8 +71,11 @@ def batch_norm_over(
     instead_of_tracking: Callable[[BatchMoments], None] | None = None,
 ) -> Tensor:
     """`sync_batch_norm` over a group of peers, or without one over this rank's own batch, in a layer of that name."""
+    _check_channels(input, running_mean, running_var, weight, bias)
     if momentum is None and num_batches_tracked is None:
         raise ValueError("momentum=None is the mean over all batches and needs num_batches_tracked; pass it too")
+    if eps <= 0:
+        raise ValueError(f"eps must be positive in training, where it keeps constant channels from NaN; got {eps}")
     if mask is not None:
         input = zero_where_masked(input, mask)
     known = recomputation.recall()
@@ -193,6 +197,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         grad_bias = sum_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
         return grad_input, None, grad_weight, grad_bias, None, None, None, None
 
+    @staticmethod
+    def vmap(*_: Any) -> tuple[Any, Any]:
+        raise TypeError(
+            "torch.vmap cannot map a layer that normalizes by the batch and the ranks' together: every mapped slice "
+            "would be a batch of its own; map it in evaluation mode, or loop over the slices"
+        )
+
 
 class _EagerSyncBatchNorm(torch.autograd.Function):
     """The same with a context from the start: `torch.func` cannot take this form, small layers want its lower cost."""
@@ -204,6 +215,19 @@ class _EagerSyncBatchNorm(torch.autograd.Function):
         return output
 
     backward = staticmethod(_SyncBatchNorm.backward)
+
+
+def _check_channels(input: Tensor, *per_channel: Tensor | None) -> None:
+    """Refuse what the operators would not, which read as many values as ``input`` has channels, wherever they are."""
+    if input.dim() < 2:
+        raise ValueError(f"expected an input (N, C, *) of two or more dimensions, got shape {tuple(input.shape)}")
+    shape = input.shape[1:2]
+    for values in per_channel:
+        if values is not None and values.shape != shape:
+            raise ValueError(
+                f"expected one value per channel, shape {tuple(shape)} for an input of shape {tuple(input.shape)}, in "
+                f"running statistics, weight and bias; got shape {tuple(values.shape)}"
+            )
 
 
 def _to(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

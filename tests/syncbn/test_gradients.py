@@ -134,6 +134,16 @@ def test_vmap_maps_evaluation_over_batches() -> None:
     torch.testing.assert_close(mapped, torch.stack([layer(batch) for batch in batches]), rtol=1e-12, atol=1e-12)
 
 
+def test_vmap_over_batches_that_ranks_share_is_refused_with_the_remedy() -> None:
+    assert all("map it in evaluation mode, or loop" in message for message in run_ranks(2, _map_training))
+
+
+def _map_training() -> str:
+    with pytest.raises(TypeError, match="vmap") as error:
+        torch.func.vmap(SyncBatchNorm(4))(torch.randn(3, 5, 4))
+    return str(error.value)
+
+
 def _call_twice() -> tuple[Tensor, Tensor]:
     layer = SyncBatchNorm(4, dtype=torch.float64)
     x = torch.split(_values(5, 4, 2), [3, 2])[dist.get_rank()].clone().requires_grad_()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import sync_batch_norm
-from syncbn.kernels.aten import local_moments
+from syncbn.kernels.aten import deviation_moments, local_moments
 
 SHAPES = [(2, 3), (300, 250), (4, 3, 5), (3, 16, 40, 50), (1, 4, 200, 200), (2, 5, 3, 4, 6)]
 
@@ -45,6 +45,35 @@ def test_moments_of_contiguous_float32_far_from_zero(mean: float, tolerance: flo
     x = _values((8, 4, 64, 64), mean).float()
     _check_moments(x, tolerance, 0.0)
     _check_moments(x[0, :, :, :1], tolerance, 0.0)
+
+
+FAR = {torch.float32: 1e4, torch.float16: 500.0, torch.bfloat16: 60.0}
+
+
+def _check_far_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    expected_var, expected_mean = torch.var_mean(x.double(), dims, correction=0)
+    assert mean.dtype == var.dtype == torch.float64
+    torch.testing.assert_close(mean, expected_mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(var, expected_var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 512, 512), (1, 2, 90, 90, 60), (300_000, 4)], ids=str)
+def test_moments_of_long_rows_and_columns_far_from_zero(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = _values(shape, FAR[dtype]).to(dtype)
+    moments = local_moments(x)
+    _check_far_moments(x, moments.mean, moments.var)
+
+
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+@pytest.mark.parametrize("block_size", [1 << 24, 1 << 14], ids=["one-block", "many-blocks"])
+def test_what_other_devices_than_the_cpu_run_is_as_exact(block_size: int, dtype: torch.dtype) -> None:
+    for shape in ((100_000, 4), (30, 8, 50, 50), (7, 3, 20, 30, 10)):
+        x = _values(shape, FAR[dtype]).to(dtype)
+        formats = [x, x.transpose(1, -1).contiguous().transpose(1, -1), x.repeat_interleave(2, 0)[::2]]
+        for values in formats:
+            _check_far_moments(values, *deviation_moments(values, block_size))
 
 
 def test_no_values_have_moments_of_nothing() -> None:
@@ -87,6 +116,16 @@ def _leaves(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_input_gradient_is_that_of_finite_differences() -> None:
     leaves = _leaves(_values((3, 2, 2)))
     assert torch.autograd.gradcheck(lambda x, w, b: sync_batch_norm(x, None, None, w, b), leaves)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_what_is_not_one_value_a_channel_is_refused(name: str) -> None:
+    arguments: dict[str, Tensor] = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    for size in (1, 3, 5):
+        with pytest.raises(ValueError, match=rf"expected one value per channel.*got shape \({size},\)"):
+            sync_batch_norm(torch.randn(6, 4), **(arguments | {name: torch.ones(size)}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="two or more dimensions"):
+        sync_batch_norm(torch.randn(6))
 
 
 def test_a_momentum_of_none_needs_a_counter() -> None:

@@ -1,4 +1,6 @@
-"""Statistics where numbers are hard: far from zero, constant, uncountably many; and all ways to average them."""
+"""Statistics where numbers are hard: far from zero, constant, uncountably many, of mixed types; and all averages."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,44 +12,54 @@ from syncbn.kernels.aten import local_moments
 from tests.ranks import run_ranks
 
 SHAPE = (6, 4, 24, 24)
+HALVES = (torch.float16, torch.bfloat16)
+FAR = {torch.float32: 1e4, torch.float64: 1e4, torch.float16: 500.0, torch.bfloat16: 60.0}
+"""Means in standard deviations; half-precision types hold no variance beside a larger one."""
 
 
-def _values(seed: int, mean: float, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) + mean).to(dtype)
-    return values.contiguous(memory_format=torch.channels_last) if channels_last else values
+def _in_all_formats(values: Tensor) -> dict[str, Tensor]:
+    """``(N, C, H, W)`` in all numbers of dimensions and memory formats, by name."""
+    volume = values.view(*values.shape[:2], 6, -1, values.size(3))
+    return {
+        "2d": values.movedim(1, -1).reshape(-1, values.size(1)),
+        "3d": values.flatten(2),
+        "4d": values,
+        "4d, channels last": values.contiguous(memory_format=torch.channels_last),
+        "5d": volume,
+        "5d, channels last": volume.contiguous(memory_format=torch.channels_last_3d),
+        "with gaps": values.repeat_interleave(2, 3)[..., ::2],
+    }
 
 
-def _statistics(mean: float, dtype: torch.dtype, num_copies: int) -> list[list[Tensor]]:
-    """By memory format: running mean, running variance and output; ``num_copies`` make the batch larger."""
-    results = []
-    for channels_last in (False, True):
-        x = _values(dist.get_rank(), mean, dtype, channels_last).repeat(num_copies, 1, 1, 1)
-        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-        layer = SyncBatchNorm(SHAPE[1], momentum=1.0)
-        layer.running_mean, layer.running_var = (torch.zeros(4).double(), torch.ones(4).double())
+def _values(rank: int, dtype: torch.dtype, num_copies: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    values = torch.randn(SHAPE, generator=generator, dtype=torch.float64) + FAR[dtype]
+    return values.to(dtype).repeat(num_copies, 1, 1, 1)
+
+
+def _statistics(dtype: torch.dtype, num_copies: int) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """By format: running mean, running variance, and whether the output is finite."""
+    results = {}
+    for name, x in _in_all_formats(_values(dist.get_rank(), dtype, num_copies)).items():
+        layer = SyncBatchNorm(SHAPE[1], momentum=1.0, dtype=torch.promote_types(dtype, torch.float32))
         y = layer(x)
-        results.append([layer.running_mean, layer.running_var, y])
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        results[name] = (layer.running_mean, layer.running_var, bool(y.isfinite().all()))
     return results
 
 
-@pytest.mark.parametrize("num_copies", [1, 8], ids=["small", "large"])
-@pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [(torch.float32, 1e4), (torch.float64, 1e4), (torch.float16, 500.0), (torch.bfloat16, 60.0)],
-    ids=["float32", "float64", "float16", "bfloat16"],
-)
-def test_a_far_mean_keeps_its_variance_to_1e_5_in_every_format(
-    dtype: torch.dtype, mean: float, num_copies: int
-) -> None:
-    x = torch.cat([_values(rank, mean, dtype, False) for rank in range(2)]).double()
-    var, expected = torch.var_mean(x, (0, 2, 3), correction=0)
-    count = x.numel() // 4 * num_copies
-    for formats in run_ranks(2, _statistics, mean, dtype, num_copies):
-        for running_mean, running_var, y in formats:
-            torch.testing.assert_close(running_mean, expected, rtol=1e-9, atol=0)
-            torch.testing.assert_close(running_var, var * (count / (count - 1)), rtol=1e-5, atol=0)
-            assert y.isfinite().all()
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_far_mean_keeps_its_variance_to_1e_5_in_every_format(world_size: int, dtype: torch.dtype) -> None:
+    num_copies = 8 // world_size  # beyond what is simply widened, on a rank with all of it
+    joined = torch.cat([_values(rank, dtype, num_copies) for rank in range(world_size)]).double()
+    expected_var, expected_mean = torch.var_mean(joined, (0, 2, 3))
+    for formats in run_ranks(world_size, _statistics, dtype, num_copies):
+        for name, (mean, var, finite) in formats.items():
+            assert finite, name
+            assert ((mean / expected_mean - 1).abs() <= 1e-7).all(), name
+            assert ((var / expected_var - 1).abs() <= 1e-5).all(), name
 
 
 @pytest.mark.parametrize("value", [1e4 / 3, -7e6 / 3, 1e-30, 3e15], ids=str)
@@ -80,7 +92,7 @@ def test_more_values_than_an_int32_counts_are_merged_exactly() -> None:
         assert merged.unbiased_var.item() == pytest.approx(4.0, rel=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_a_batch_whose_parts_differ_much_is_not_misjudged_by_its_sample(dtype: torch.dtype) -> None:
     # The rough mean comes from a share of the rows; here that share is unlike the rest.
     x = torch.randn(32, 4, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -114,16 +126,61 @@ def _train_steps(momentum: float | None) -> list[Tensor]:
     return list(layer.buffers())
 
 
-def test_half_parameters_train_beside_statistics_in_float32() -> None:
-    for running_var, grad_dtype, exact in run_ranks(2, _train_half_parameters):
-        torch.testing.assert_close(running_var, exact, rtol=1e-5, atol=0)
-        assert grad_dtype == torch.bfloat16
+@dataclass(frozen=True)
+class Types:
+    """Of a layer's input, parameters and buffers; torch's layer takes none of `MIXED`."""
+
+    input: torch.dtype
+    parameters: torch.dtype
+    buffers: torch.dtype
 
 
-def _train_half_parameters() -> tuple[Tensor, torch.dtype, Tensor]:
-    layer = SyncBatchNorm(4, momentum=1.0, dtype=torch.bfloat16)
-    layer.running_mean, layer.running_var = torch.zeros(4), torch.ones(4)
-    joined = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
-    layer(joined[dist.get_rank() :: 2]).sum().backward()
-    assert layer.weight.grad is not None
-    return layer.running_var, layer.weight.grad.dtype, joined.float().var((0, 2))
+MIXED = [
+    *(Types(half, half, torch.float32) for half in HALVES),
+    *(Types(torch.float32, half, torch.float32) for half in HALVES),
+    Types(torch.bfloat16, torch.float16, torch.float64),
+    Types(torch.float64, torch.float32, torch.float32),
+    Types(torch.float32, torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_types_may_mix_in_training_and_evaluation_and_statistics_stay_in_theirs(world_size: int) -> None:
+    ranks = run_ranks(world_size, _train_and_evaluate_mixed)
+    for place, types in enumerate(MIXED):
+        expected = _train_and_evaluate(nn.BatchNorm1d(4, dtype=torch.float64), _mixed_values(types).double())
+        tolerance = 8 * max(torch.finfo(types.input).eps, torch.finfo(types.parameters).eps)
+        for output in ("trained", "evaluated"):
+            joined = torch.cat([rank[place][output] for rank in ranks])
+            torch.testing.assert_close(joined.double(), expected[output], rtol=tolerance, atol=tolerance)
+        for rank in ranks:
+            torch.testing.assert_close(rank[place]["var"].double(), expected["var"], rtol=1e-5, atol=0)
+            assert rank[place]["var"].dtype == types.buffers
+            assert rank[place]["trained"].dtype == rank[place]["evaluated"].dtype == types.input
+            assert rank[place]["weight_grad"].dtype == types.parameters
+
+
+def _mixed_values(types: Types) -> Tensor:
+    return torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1)).to(types.input)
+
+
+def _train_and_evaluate_mixed() -> list[dict[str, Tensor]]:
+    results = []
+    for types in MIXED:
+        layer = SyncBatchNorm(4, dtype=types.parameters)
+        layer.running_mean, layer.running_var = (
+            torch.zeros(4, dtype=types.buffers),
+            torch.ones(4, dtype=types.buffers),
+        )
+        results.append(_train_and_evaluate(layer, _mixed_values(types).chunk(dist.get_world_size())[dist.get_rank()]))
+    return results
+
+
+def _train_and_evaluate(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    trained = layer(x)
+    trained.sum().backward()
+    evaluated = layer.eval()(x)
+    weight_grad = layer.get_parameter("weight").grad
+    assert weight_grad is not None
+    outputs = {"trained": trained.detach(), "evaluated": evaluated.detach()}
+    return outputs | {"var": layer.get_buffer("running_var"), "weight_grad": weight_grad}
