@@ -41,8 +41,8 @@ from service.store import (
     leases,
     logs,
     pages,
+    series,
     steering,
-    steps,
 )
 from service.store.api_keys import ApiKeys
 from service.store.audit import AuditTrail
@@ -52,6 +52,8 @@ from service.store.leases import Lease
 from service.store.postgresql import open_postgresql
 from service.store.principals import Principals
 from service.store.sqlite import open_sqlite
+from service.store.step_arrays import Steps
+from service.store.steps import store_array
 
 
 def utc_now() -> datetime:
@@ -81,7 +83,7 @@ class JobStore:
 
     @classmethod
     def connect(cls, url: SecretStr, *, busy_timeout_s: float = 5.0, clock: Callable[[], datetime] = utc_now) -> Self:
-        """The store in the PostgreSQL database ``url``, its tables made or upgraded if need be; several may share it."""
+        """The store in the PostgreSQL database ``url``, made or upgraded if need be; several services may share it."""
         return cls(open_postgresql(url, busy_timeout_s), clock)
 
     def close(self) -> None:
@@ -350,11 +352,25 @@ class JobStore:
             jobs.require_job(connection, job_id)
             logs.append_lines(connection, job_id, [logs.NewLine(self._clock(), attempt, rank, level, text)])
 
+    def record_steps(self, job_id: str, attempt: int, steps: Steps) -> None:
+        """Store what ranks measured, in bulk; of a step that a rank tells twice the later word counts.
+
+        ``steps`` is an array of `service.store.STEP` in any order; what it says under ``attempt`` is not looked at.
+        Cost: 1 us a step where a rank has thousands. Raises: Conflict unless the attempt is the job's newest.
+        """
+        with self._database.write() as connection:
+            newest = jobs.get_job(connection, job_id, self._clock(), lock=True).attempt
+            if attempt != newest:
+                raise Conflict(f"{job_id} is in attempt {newest}; attempt {attempt} can tell nothing more")
+            told = steps.copy()
+            told["attempt"] = attempt
+            store_array(connection, job_id, told)
+
     def metric_names(self, job_id: str) -> list[str]:
         """The metrics that the job has points of."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
-            return steps.metric_names(connection, job_id)
+            return series.metric_names(connection, job_id)
 
     def metric(
         self,
@@ -373,7 +389,16 @@ class JobStore:
         """
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
-            return steps.metric_series(connection, job_id, name, rank, first_step, last_step, max_points)
+            return series.metric_series(connection, job_id, name, rank, first_step, last_step, max_points)
+
+    def training_loss(self, job_id: str, max_points: int = 100_000) -> MetricSeries:
+        """The training loss of the whole run, as the mean over ranks: exact up to ``max_points`` steps.
+
+        Of a longer run the mean of each so many consecutive steps, with every stretch's first non-finite value.
+        """
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            return series.whole_loss(connection, job_id, max_points)
 
     def start_of(self, job_id: str) -> RankStarted | None:
         """What a rank of the newest attempt said when it was ready to train; None before any was."""
