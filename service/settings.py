@@ -3,10 +3,16 @@
 import os
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, HttpUrl, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour)$")]
+
+
+def _split(paths: object) -> object:
+    return tuple(filter(None, paths.split(os.pathsep))) if isinstance(paths, str) else paths
 
 
 class Settings(BaseSettings):
@@ -22,7 +28,20 @@ class Settings(BaseSettings):
     public_url: HttpUrl | None = None
     """Where workers reach this service; by default its own host and port."""
     api_token: SecretStr | None = None
-    """When set, every ``/v1`` request must carry it as a bearer token. Needed to listen beyond loopback."""
+    """The operator's key: who shows it as a bearer token is the principal ``admin``."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM) to serve HTTPS with, and beside it ``tls_key``, its private key."""
+    tls_key: Path | None = None
+    tls_terminated: bool = False
+    """That something else before this service ends TLS; said by the operator, who alone can know."""
+    trusted_proxies: str = ""
+    """Addresses, with commas between, whose word on where a request comes from (X-Forwarded-For) is believed."""
+    rate_limit: _Rate = "6000/minute"
+    """Requests of one principal, where keys are asked for."""
+    refusal_limit: _Rate = "30/minute"
+    """Requests of one address without a right key."""
+    data_roots: Annotated[tuple[Path, ...] | None, NoDecode, BeforeValidator(_split)] = None
+    """Folders, with colons between, that a job's ``idx:/FOLDER`` may lie in; see ``readable_roots``."""
     storage: Path | None = None
     """Folder for checkpoints, the same path here and on every worker; by default inside ``data_dir``."""
     ray_address: HttpUrl | None = None
@@ -50,10 +69,33 @@ class Settings(BaseSettings):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return _is_loopback(self.host)
+
+    @property
+    def exposed(self) -> bool:
+        """Whether others than this machine reach the service, by its own address or by its public one."""
+        behind_proxy = self.public_url is not None and not _is_loopback(self.public_url.host or "")
+        return not self.loopback or behind_proxy
+
+    @property
+    def readable_roots(self) -> tuple[Path, ...] | None:
+        """What jobs may read data from: ``data_roots``; without any everything (None) on loopback, else nothing."""
+        if self.data_roots is not None:
+            return self.data_roots
+        return () if self.exposed else None
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("SYNCBN_TLS_CERT and SYNCBN_TLS_KEY go together: set both or neither")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ClientSettings(BaseSettings):

@@ -49,12 +49,17 @@ class ApiKeys:
         with self._database.read() as connection:
             return [_key_of_row(row) for row in connection.execute(query)]
 
-    def revoke(self, key_id: str) -> tuple[ApiKey, bool]:
-        """Let the key open nothing any more; also whether that is new. Raises NotFound."""
+    def get(self, key_id: str) -> ApiKey:
+        """What is known of the key. Raises NotFound."""
+        with self._database.read() as connection:
+            return _get_key(connection, key_id)
+
+    def revoke(self, key_id: str) -> ApiKey:
+        """Let the key open nothing any more; of a revoked key nothing changes. Raises NotFound."""
         with self._database.write() as connection:
             good = (api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-            changed = connection.execute(update(api_keys).where(*good).values(revoked_at=self._clock())).rowcount
-            return _get_key(connection, key_id), bool(changed)
+            connection.execute(update(api_keys).where(*good).values(revoked_at=self._clock()))
+            return _get_key(connection, key_id)
 
     def rotate(self, key_id: str, grace: timedelta = timedelta(0)) -> NewApiKey:
         """A new key for the same principal, good as long as this one was from its making on.
