@@ -1,4 +1,4 @@
-"""The gate before ``/metrics`` and every route below ``/v1``: who asks is known, and has not asked too often, before a body is read."""
+"""The gate before ``/v1`` and ``/metrics``: who asks is known, and has not asked too often, before a body is read."""
 
 from anyio.to_thread import run_sync
 from starlette.datastructures import Headers
@@ -66,7 +66,8 @@ def guarded(scope: Scope) -> bool:
     """Whether the request is for the API proper, whatever route it may lead to."""
     if scope["type"] != "http" or _of_attempt(scope):
         return False
-    return scope["path"].startswith(GUARDED) or scope["path"] == _METRICS
+    path = str(scope["path"])
+    return path.startswith(GUARDED) or path == _METRICS
 
 
 def client_address(scope: Scope) -> str:

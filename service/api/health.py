@@ -1,11 +1,16 @@
-"""Whether the service lives, and whether it can do its work. Open to everyone, tells no secrets."""
+"""Whether the service lives and can do its work, open to everyone; what it measures, for whoever has a key."""
 
 from fastapi import APIRouter, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from service.api.auth import require_role
 from service.api.parts import PartsOf
-from service.jobs import View
+from service.api.problems import Answers, answers
+from service.jobs import Role, View
 
 router = APIRouter(tags=["health"])
+
+_TEXT: Answers = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 class Readiness(View):
@@ -32,3 +37,15 @@ def readyz(parts: PartsOf, response: Response) -> Readiness:
     ready = all(status == "ok" for status in told.values())
     response.status_code = 200 if ready else 503
     return Readiness(ready=ready, parts=told)
+
+
+@router.get(
+    "/metrics",
+    summary="Measure the service",
+    response_class=Response,
+    dependencies=[require_role(Role.READER)],
+    responses=_TEXT | answers(400, 401, 403, 429, 503),
+)
+def read_metrics(parts: PartsOf) -> Response:
+    """Counters and gauges in Prometheus's text format: requests, jobs, telemetry, streams, scheduler, process."""
+    return Response(parts.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.feed import Feed
+from service.api.metrics import Metrics
 from service.errors import FieldProblem
 from service.jobs import Job, JobPlan, JobSpec
 from service.store import JobStore
@@ -23,6 +25,10 @@ class Parts:
     """What would become of such a job."""
     readiness: Callable[[], dict[str, str]]
     """The state of each part; "ok" for what works."""
+    feed: Feed
+    """What happens to the jobs that someone follows."""
+    metrics: Metrics
+    """What the service measures of itself."""
     stopping: threading.Event
     """Set when the service is about to end: streams shall leave."""
 

@@ -1,25 +1,23 @@
 """A job as it happens: server-sent events that a reader can leave and take up again."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
-import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from service.api.feed import EVENTS_A_LOOK, Followed
 from service.api.items import MAX_COUNT, After
 from service.api.parts import ExistingJob, PartsOf
 from service.api.problems import answers
-from service.jobs import Job, JobEvent, Progress
+from service.jobs import JobEvent, Progress
 from service.store import JobStore
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"], responses=answers(400, 401, 404, 422, 503))
 
-_LOOK_EVERY_S = 0.25
 _PROGRESS_EVERY_S = 0.5
-_EVENTS_A_LOOK = 200
 
 
 @router.get("/stream", summary="Follow a job", response_class=EventSourceResponse)
@@ -38,22 +36,24 @@ async def follow_job(
     seen = after if last_event_id is None else last_event_id
     progress: Progress | None = None
     progress_at = -_PROGRESS_EVERY_S
-    while not parts.stopping.is_set():
-        # The job is read before its events: once it is terminal, no event of it is yet to come.
-        job, events = await run_sync(_look, parts.store, job.id, seen)
-        for event in events:
-            seen = event.seq
-            yield ServerSentEvent(event="event", id=str(event.seq), data=event)
-        due = time.monotonic() - progress_at >= _PROGRESS_EVERY_S
-        if job.progress != progress and (due or job.state.terminal):
-            progress, progress_at = job.progress, time.monotonic()
-            yield ServerSentEvent(event="progress", data=progress)
-        if not events and job.state.terminal:
-            yield ServerSentEvent(event="end", data=job)
-            return
-        if len(events) < _EVENTS_A_LOOK and not job.state.terminal:
-            await anyio.sleep(_LOOK_EVERY_S)
+    async with parts.feed.follow(job.id) as followed:
+        while not parts.stopping.is_set():
+            glance = followed.glance
+            for event in (events := await _events_after(parts.store, job.id, followed, seen)):
+                seen = event.seq
+                yield ServerSentEvent(event="event", id=str(event.seq), data=event)
+            waits_s = progress_at + _PROGRESS_EVERY_S - time.monotonic()
+            if glance.progress != progress and (waits_s <= 0 or glance.state.terminal):
+                progress, progress_at = glance.progress, time.monotonic()
+                yield ServerSentEvent(event="progress", data=progress)
+            if events or glance is not followed.glance:
+                continue
+            if glance.state.terminal:
+                yield ServerSentEvent(event="end", data=await run_sync(parts.store.get, job.id))
+                return
+            await followed.wait(max(waits_s, 0) if glance.progress != progress else None)
 
 
-def _look(store: JobStore, job_id: str, seen: int) -> tuple[Job, list[JobEvent]]:
-    return store.get(job_id), store.events(job_id, seen, _EVENTS_A_LOOK)
+async def _events_after(store: JobStore, job_id: str, followed: Followed, seen: int) -> Sequence[JobEvent]:
+    events = followed.after(seen)
+    return await run_sync(store.events, job_id, seen, EVENTS_A_LOOK) if events is None else events

@@ -31,6 +31,7 @@ class House:
             check_placement=self._check_placement,
             plan=Planner().plan,
             readiness=lambda: self.parts,
+            gauges=lambda: {"syncbn_cluster_up": float(self.cluster_answers)},
             stopping=stopping or threading.Event(),
             api_token=None if api_token is None else SecretStr(api_token),
         )

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx2
@@ -17,7 +17,7 @@ from tests.service.store.telling import spec, started, step
 
 
 @contextmanager
-def _following(url: str, **headers: str) -> Iterator[Iterator[httpx2.ServerSentEvent]]:
+def following(url: str, **headers: str) -> Iterator[Iterator[httpx2.ServerSentEvent]]:
     with httpx2.stream("GET", url, headers=headers, timeout=20) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -32,14 +32,14 @@ def _kind(message: httpx2.ServerSentEvent) -> tuple[str, Any]:
 def test_a_finished_job_is_told_whole_and_then_ended(house: House) -> None:
     job, _ = house.running_job(started(), step(3))
     house.store.transition(job, JobState.SUCCEEDED)
-    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+    with listening(house.app()) as url, following(f"{url}/v1/jobs/{job.id}/stream") as messages:
         told = [_kind(message) for message in messages]
     assert told == [*[("event", seq) for seq in range(1, 6)], ("progress", 3), ("end", "succeeded")]
 
 
 def test_a_running_job_is_told_as_it_happens(house: House) -> None:
     job, token = house.running_job(started())
-    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+    with listening(house.app()) as url, following(f"{url}/v1/jobs/{job.id}/stream") as messages:
         told = [_kind(next(messages)) for _ in range(5)]
         assert told == [*[("event", seq) for seq in range(1, 5)], ("progress", 0)]
         house.tell(job, token, step(1), first_seq=1)
@@ -54,16 +54,31 @@ def test_a_running_job_is_told_as_it_happens(house: House) -> None:
 def test_a_reader_goes_on_where_it_left(house: House, query: str, headers: dict[str, str]) -> None:
     job, _ = house.running_job(started(), started())
     house.store.transition(job, JobState.FAILED)
-    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream{query}", **headers) as messages:
+    with listening(house.app()) as url, following(f"{url}/v1/jobs/{job.id}/stream{query}", **headers) as messages:
         told = list(messages)
     assert [message.id for message in told if message.event == "event"] == ["4", "5", "6"]
     assert told[-1].event == "end"
 
 
+def test_every_one_of_many_readers_is_told_everything_wherever_it_begins(house: House) -> None:
+    job, token = house.running_job(started())
+    with listening(house.app()) as url, ExitStack() as stack:
+        starts = [0, 2, 4] * 10
+        readers = [stack.enter_context(following(f"{url}/v1/jobs/{job.id}/stream?after={start}")) for start in starts]
+        for number in range(1, 251):
+            house.tell(job, token, started(), first_seq=number)
+        house.store.transition(job, JobState.FAILED)
+        for start, reader in zip(starts, readers, strict=True):
+            told = list(reader)
+            seqs = [int(message.id) for message in told if message.event == "event"]
+            assert seqs == list(range(start + 1, 256))
+            assert told[-1].event == "end"
+
+
 def test_a_long_history_is_told_without_a_hole(house: House) -> None:
     job, _ = house.running_job(*[started() for _ in range(450)])
     house.store.transition(job, JobState.FAILED)
-    with listening(house.app()) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+    with listening(house.app()) as url, following(f"{url}/v1/jobs/{job.id}/stream") as messages:
         seqs = [int(message.id) for message in messages if message.event == "event"]
     assert seqs == list(range(1, 455))
 
@@ -82,7 +97,7 @@ def test_progress_is_told_at_most_twice_a_second(house: House) -> None:
     num_told = 0
     with listening(house.app()) as url:
         before = time.monotonic()
-        with _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+        with following(f"{url}/v1/jobs/{job.id}/stream") as messages:
             teller.start()
             try:
                 while num_told < 4:
@@ -97,7 +112,7 @@ def test_progress_is_told_at_most_twice_a_second(house: House) -> None:
 def test_an_open_stream_leaves_when_the_service_stops(house: House) -> None:
     job, _ = house.store.create(spec())
     stopping = threading.Event()
-    with listening(house.app(stopping=stopping)) as url, _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+    with listening(house.app(stopping=stopping)) as url, following(f"{url}/v1/jobs/{job.id}/stream") as messages:
         assert next(messages).event == "event"
         before = time.monotonic()
         stopping.set()
@@ -109,7 +124,7 @@ def test_a_reader_that_leaves_does_not_keep_the_service(house: House) -> None:
     job, _ = house.store.create(spec())
     with listening(house.app()) as url:
         for _ in range(3):
-            with _following(f"{url}/v1/jobs/{job.id}/stream") as messages:
+            with following(f"{url}/v1/jobs/{job.id}/stream") as messages:
                 next(messages)
         before = time.monotonic()
     assert time.monotonic() - before < 5
