@@ -1,6 +1,8 @@
 """The service's memory: jobs, attempts, events, metrics and logs. The only part that speaks SQL."""
 
+from service.store.glances import Glance
 from service.store.leases import Lease, LeaseLost
+from service.store.step_arrays import STEP
 from service.store.store import JobStore
 
-__all__ = ["JobStore", "Lease", "LeaseLost"]
+__all__ = ["STEP", "Glance", "JobStore", "Lease", "LeaseLost"]

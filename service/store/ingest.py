@@ -29,7 +29,8 @@ from service.store.logs import NewLine, append_lines
 from service.store.progress import advance
 from service.store.received import Received
 from service.store.schema import attempts, jobs, ranks
-from service.store.steps import mean_loss, store_steps
+from service.store.series import mean_loss
+from service.store.steps import store_steps
 
 _TELLS_PHASE = frozenset({JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})
 """States in which the newest attempt says in which phase it is; in others the scheduler does."""

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -191,6 +192,34 @@ steps = Table(
     Column("step_s", Measure),
     # The rows lie in the order in which they are read, step by step; databases other than SQLite ignore this.
     sqlite_with_rowid=False,
+)
+
+metric_chunks = Table(
+    "metric_chunks",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("first_step", Integer, primary_key=True, autoincrement=False),
+    Column("last_step", Integer, nullable=False),
+    Column("num_rows", Integer, nullable=False),
+    Column("first_attempt", Integer, nullable=False),
+    Column("step", LargeBinary, nullable=False),
+    Column("attempt", LargeBinary, nullable=False),
+    Column("epoch", LargeBinary, nullable=False),
+    Column("loss", LargeBinary, nullable=False),
+    Column("learning_rate", LargeBinary, nullable=False),
+    Column("step_s", LargeBinary, nullable=False),
+    # Finds at once that no chunk reaches as far as the newest steps, which each ingest asks.
+    Index("metric_chunks_by_end", "job_id", "last_step"),
+)
+
+forgotten = Table(
+    "forgotten",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("what", String(16), primary_key=True),
+    Column("at", UtcTime, nullable=False),
+    Column("complete", Boolean, nullable=False),
 )
 
 principals = Table(

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0004_principals"
-down_revision = "0002_order_and_leases"
+down_revision = "0003_metric_chunks"
 
 _KEEPERS = {
     "sqlite": (
