@@ -13,6 +13,8 @@ from tests.syncbn.joined import Case, check_equals_joined
 from tests.syncbn.summed import summed
 
 UNEVEN = Case((6, 2))
+EMPTY = Case((3, 0))
+FAR = Case((6, 2), dtype=torch.float32, mean=200.0)
 
 
 class Composed(nn.BatchNorm2d):
@@ -91,6 +93,44 @@ class UnitEps(Composed):
         return count, mean, (var.sqrt() + self.eps).square() - self.eps
 
 
+class EqualWeightsBackward(Composed):
+    """Divides the gradient that comes through the statistics as if all ranks had as many values as this one."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = input.numel() / input.size(1)
+        ratio = (summed(torch.tensor(own, dtype=input.dtype)) / (own * dist.get_world_size())).item()
+        return super().moments(input.detach() + (input - input.detach()) * ratio)
+
+
+class SummedParameters(Composed):
+    """Adds the parameters' gradients up over ranks, which DistributedDataParallel then averages."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        count, mean, var = self.moments(input)
+        self.track(input, count, mean.detach(), var.detach())
+        weight, bias = (part.detach() + summed(part - part.detach()) for part in (self.weight, self.bias))
+        x_hat = (input - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + self.eps).sqrt()
+        return x_hat * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+class NaiveVariance(Composed):
+    """Takes the variance for the mean square less the square of the mean, in the type of the input."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = summed(torch.tensor(input.numel() / input.size(1), dtype=input.dtype))
+        mean = summed(input.sum((0, 2, 3))) / count
+        return count, mean, summed(input.square().sum((0, 2, 3))) / count - mean.square()
+
+
+class EmptyCounts(Composed):
+    """Counts a rank without samples as if it had one."""
+
+    def moments(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, mean, var = super().moments(input)
+        own = max(input.numel() / input.size(1), 1)
+        return summed(torch.tensor(own, dtype=input.dtype)), mean, var
+
+
 class RecomputedTwice(Composed):
     """Counts the recomputation of activation checkpointing as another batch."""
 
@@ -121,25 +161,36 @@ class Factory:
         return _make(self.kind, case)
 
 
-@pytest.mark.parametrize("kind", [Composed, Recomputed])
-def test_a_right_layer_passes(kind: type[Composed] | type[Recomputed]) -> None:
-    check_equals_joined(UNEVEN, Factory(kind))
+CASES = pytest.mark.parametrize(
+    ("kind", "case"),
+    [(Composed, UNEVEN), (Composed, EMPTY), (Recomputed, UNEVEN), (Recomputed, FAR)],
+    ids=["composed", "composed-empty", "ours-recomputed", "ours-far"],
+)
+
+
+@CASES
+def test_a_right_layer_passes(kind: type[Composed] | type[Recomputed], case: Case) -> None:
+    check_equals_joined(case, Factory(kind))
 
 
 @pytest.mark.parametrize(
-    ("kind", "symptom"),
+    ("kind", "case", "symptom"),
     [
-        (EqualWeights, "output is off"),
-        (LocalBessel, "running_var differs between ranks"),
-        (Biased, "running_var is off"),
-        (NoBackward, "input gradient is off"),
-        (NotSynchronized, "output is off"),
-        (UnitEps, "output is off"),
-        (RecomputedTwice, "running_mean is off"),
+        (EqualWeights, UNEVEN, "output is off"),
+        (LocalBessel, UNEVEN, "running_var differs between ranks"),
+        (Biased, UNEVEN, "running_var is off"),
+        (NoBackward, UNEVEN, "input gradient is off"),
+        (EqualWeightsBackward, UNEVEN, "input gradient is off"),
+        (SummedParameters, UNEVEN, "weight gradient is off"),
+        (NotSynchronized, UNEVEN, "output is off"),
+        (UnitEps, UNEVEN, "output is off"),
+        (EmptyCounts, EMPTY, "running_var is off"),
+        (NaiveVariance, FAR, "output is off"),
+        (RecomputedTwice, UNEVEN, "running_mean is off"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_a_wrong_layer_is_rejected_by_what_it_gets_wrong(kind: type[Composed], symptom: str) -> None:
+def test_a_wrong_layer_is_rejected_by_what_it_gets_wrong(kind: type[Composed], case: Case, symptom: str) -> None:
     check: Callable[..., None] = check_equals_joined
     with pytest.raises(AssertionError, match=symptom):
-        check(UNEVEN, Factory(kind))
+        check(case, Factory(kind))
