@@ -1,5 +1,6 @@
 """From what each rank died of to why the attempt failed: pure decisions, no Ray."""
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -56,6 +57,21 @@ def cause_of(exception_types: Sequence[str], text: str) -> Cause:
     return Cause.RAISED
 
 
+def failure_of(error: BaseException, rank: int, place: str) -> RankFailure:
+    """The end of ``rank`` at ``place`` by an exception that its training raised."""
+    last = traceback.format_exception_only(error)[-1].strip()
+    return RankFailure(rank, place, cause_of(_class_names(error), last), last, type(error).__name__)
+
+
+def _class_names(error: BaseException | None) -> list[str]:
+    """Class names of an exception, of its bases, and of what it was raised from."""
+    names: list[str] = []
+    while error is not None:
+        names.extend(kind.__name__ for kind in type(error).__mro__)
+        error = error.__cause__
+    return names
+
+
 _DISCONNECTED = (
     "connection closed by peer",
     "connection reset by peer",
@@ -78,6 +94,13 @@ _TIMED_OUT = (
 )
 
 
+_REASON_OF_EXCEPTION = {
+    "UnusableCheckpoint": Reason.CHECKPOINT_UNUSABLE,
+    "CheckpointFailed": Reason.CHECKPOINT_FAILED,
+}
+"""Exceptions of the training that are not its user's fault, or are but have a reason of their own."""
+
+
 def judge(failures: Sequence[RankFailure], silent: Sequence[str] = ()) -> AttemptEnded:
     """Why the attempt failed, from all ranks' failures in the order they were seen.
 
@@ -88,10 +111,8 @@ def judge(failures: Sequence[RankFailure], silent: Sequence[str] = ()) -> Attemp
     if worst.cause is Cause.LOST:
         return _failed(Reason.WORKER_LOST, f"{worst.place} was lost: {worst.error}")
     if worst.cause is Cause.RAISED:
-        unusable = worst.exception == "UnusableCheckpoint"
-        return _failed(
-            Reason.CHECKPOINT_UNUSABLE if unusable else Reason.TRAINING_ERROR, f"{worst.place}: {worst.error}"
-        )
+        reason = _REASON_OF_EXCEPTION.get(worst.exception, Reason.TRAINING_ERROR)
+        return _failed(reason, f"{worst.place}: {worst.error}")
     waited = [failure for failure in failures if failure.cause is Cause.TIMED_OUT]
     if waited:
         blame = f"; {_and(silent)} had stopped answering" if silent else ""

@@ -49,6 +49,7 @@ class IngestSender:
         self._delivered: bool | None = None
         self._deadline = float("inf")
         self._control = Control.CONTINUE
+        self._checkpoint_requests = 0
         self._refused_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
 
@@ -56,6 +57,11 @@ class IngestSender:
     def control(self) -> Control:
         """What the service wanted in its last answer; ABORT, too, once it has refused us for ``refusal_grace_s``."""
         return self._control
+
+    @property
+    def checkpoint_requests(self) -> int:
+        """How often a checkpoint has been asked for over the job's life, as of the service's last answer."""
+        return self._checkpoint_requests
 
     def start(self) -> None:
         """Begin posting; the first heartbeat goes at once."""
@@ -175,6 +181,7 @@ class IngestSender:
             return None  # something else answers at this address for now
         self._refused_since = None
         self._control = reply.control
+        self._checkpoint_requests = reply.checkpoint_requests
         with self._lock:
             before = self._num_pending()
             for rank, next_seq in reply.next_seq.items():

@@ -51,7 +51,7 @@ class RayLauncher:
         return Observation(LaunchState(word.lower()), message)
 
     def stop(self, attempt_id: str) -> None:
-        """Ask Ray to end the runner, which kills its ranks; Ray itself does after 10 s."""
+        """Ask Ray to end the runner, whose ranks have 5 s to save; Ray itself kills it after 10 s."""
         self._connect().stop(attempt_id)
 
     def output(self, attempt_id: str) -> str:

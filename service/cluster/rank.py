@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, yet not marked as exported
 
-from service.cluster.failures import RankFailure, cause_of
+from service.cluster.failures import RankFailure, failure_of
 from service.cluster.outbox import Record
 from service.cluster.rank_actor import Drained
-from service.jobs import LaunchRequest, LogLine
+from service.jobs import LaunchRequest, LogLine, StoppedEarly
 from service.training.context import RankContext
 from service.training.loop import train
+from service.training.orders import Orders
 from service.training.process_group import join, leave
 
 
@@ -33,6 +34,8 @@ class Rank:
         self._store: Store | None = None
         self._lock = threading.Lock()
         self._records: list[Record] = []
+        self._orders = Orders()
+        self._stopped_step: int | None = None
         self._failure: RankFailure | None = None
         self._over = threading.Event()
 
@@ -60,12 +63,16 @@ class Rank:
         """Meet the other ranks and train, in a thread; returns at once."""
         threading.Thread(target=self._run, args=store_address, name="training", daemon=True).start()
 
-    def drain(self, wait_s: float) -> Drained:
-        """What has happened since the last call; answers after ``wait_s``, or sooner when it is over."""
+    def drain(self, wait_s: float, orders: Orders) -> Drained:
+        """What has happened since the last call; answers after ``wait_s``, or sooner when it is over.
+
+        The training hears of ``orders`` when it next asks.
+        """
+        self._orders = orders
         over = self._over.wait(wait_s)
         with self._lock:
             records, self._records = self._records, []
-        return Drained(records, over, self._failure)
+        return Drained(records, over, self._failure, self._stopped_step)
 
     def _run(self, host: str, port: int) -> None:
         try:
@@ -83,11 +90,14 @@ class Rank:
             device=torch.device("cuda", 0) if spec.resources.gpus else torch.device("cpu"),
             storage=Path(self._request.storage),
             attempt=self._request.attempt,
+            start_checkpoint=Path(self._request.start_checkpoint) if self._request.start_checkpoint else None,
         )
         store = self._store or TCPStore(host, port, is_master=False, timeout=self._rendezvous_timeout)
         join(self._rank, spec.num_workers, store, context.device, spec.timeouts.collective_s)
         try:
-            for event in train(spec, context):
+            for event in train(spec, context, lambda: self._orders):
+                if isinstance(event, StoppedEarly):
+                    self._stopped_step = event.step
                 record = Record(time.time(), event.model_dump_json())
                 with self._lock:
                     self._records.append(record)
@@ -97,22 +107,10 @@ class Rank:
     def _note(self, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
         lines = [LogLine(level="error", text=line) for line in text.splitlines()]
-        last = traceback.format_exception_only(error)[-1].strip()
         with self._lock:
-            self._failure = RankFailure(
-                self._rank, self.place(), cause_of(_class_names(error), last), last, type(error).__name__
-            )
+            self._failure = failure_of(error, self._rank, self.place())
             self._records.extend(Record(time.time(), line.model_dump_json()) for line in lines)
 
     @property
     def _rendezvous_timeout(self) -> timedelta:
         return timedelta(seconds=self._request.spec.timeouts.rendezvous_s)
-
-
-def _class_names(error: BaseException | None) -> list[str]:
-    """Class names of an exception, of its bases, and of what it was raised from."""
-    names: list[str] = []
-    while error is not None:
-        names.extend(kind.__name__ for kind in type(error).__mro__)
-        error = error.__cause__
-    return names

@@ -10,6 +10,7 @@ import ray
 from service.cluster.failures import RankFailure
 from service.cluster.outbox import Record
 from service.jobs import LaunchRequest
+from service.training.orders import Orders
 
 if TYPE_CHECKING:
     from service.cluster.rank import Rank
@@ -22,6 +23,8 @@ class Drained:
     records: list[Record]
     over: bool
     failure: RankFailure | None
+    stopped_step: int | None = None
+    """Where the rank has left as it was told, all having been saved."""
 
 
 class RankActor:
@@ -45,6 +48,6 @@ class RankActor:
         """Meet the other ranks and train."""
         self._rank.begin(store_address)
 
-    def drain(self, wait_s: float) -> Drained:
-        """What has happened since the last call, after ``wait_s`` or when it is over."""
-        return self._rank.drain(wait_s)
+    def drain(self, wait_s: float, orders: Orders) -> Drained:
+        """Take in ``orders``; what has happened since the last call, after ``wait_s`` or when it is over."""
+        return self._rank.drain(wait_s, orders)

@@ -13,6 +13,7 @@ from service.cluster.failures import Cause, RankFailure, judge, no_heartbeat
 from service.cluster.outbox import Record
 from service.cluster.rank_actor import Drained, RankActor
 from service.jobs import AttemptEnded, LaunchRequest, Outcome, Reason, WorkerResources
+from service.training.orders import Orders
 
 _POLL_S = 0.25
 _DRAIN_WAIT_S = 0.2
@@ -32,13 +33,15 @@ class AttemptOver(Exception):
 class RankGroup:
     """The ranks of one attempt. Every method but `end` may raise `AttemptOver`.
 
-    ``check`` is called several times a second in every wait, and may raise to leave it.
+    ``check`` is called several times a second in every wait, and may raise to leave it. ``orders`` is what is wanted
+    of the ranks just now: those that train are told within a second, and before that a stop ends the attempt.
     """
 
-    def __init__(self, request: LaunchRequest, check: Callable[[], None]) -> None:
+    def __init__(self, request: LaunchRequest, check: Callable[[], None], orders: Callable[[], Orders]) -> None:
         self._request = request
         self._spec = request.spec
         self._check = check
+        self._orders = orders
         self._reservation: Any = None
         self._actors: list[Any] = []
         self._places: list[str] = [f"rank {rank}" for rank in range(self._spec.num_workers)]
@@ -49,7 +52,7 @@ class RankGroup:
         self._reservation = placement_group(bundles, strategy="PACK")
         deadline = time.monotonic() + self._spec.timeouts.placement_s
         while not self._reservation.wait(_POLL_S):
-            self._check()
+            self._check_before_training()
             if time.monotonic() > deadline:
                 raise AttemptOver(_placement_timeout(self._request))
 
@@ -73,11 +76,15 @@ class RankGroup:
         (store_address,) = self._answers([self._actors[0].open_store.remote()], deadline)
         self._answers([each.begin.remote(store_address) for each in self._actors], deadline)
 
-    def follow(self, put: Callable[[int, Sequence[Record]], None]) -> None:
-        """Hand on all that the ranks tell until every one has ended well."""
+    def follow(self, put: Callable[[int, Sequence[Record]], None]) -> int | None:
+        """Hand on all that the ranks tell until every one has ended well.
+
+        Where they have left as they were told, the step that they have saved; None where they have come to the end.
+        """
         pending = {self._drain(rank): rank for rank in range(self._spec.num_workers)}
         seen = dict.fromkeys(pending.values(), time.monotonic())
         failures: list[RankFailure] = []
+        stopped_step: int | None = None
         patience_ends = float("inf")
         while pending:
             self._check()
@@ -87,6 +94,7 @@ class RankGroup:
                 rank = pending.pop(answer)
                 seen[rank] = now
                 drained = self._collect(answer, rank, put, failures)
+                stopped_step = drained.stopped_step if drained.over else stopped_step
                 if not drained.over:
                     pending[self._drain(rank)] = rank
             if failures:
@@ -102,6 +110,7 @@ class RankGroup:
             silent = [self._places[rank] for rank in pending.values() if now - seen[rank] > _SILENT_S]
             self._salvage(pending, put, failures)
             raise AttemptOver(judge(failures, silent))
+        return stopped_step
 
     def end(self) -> None:
         """Kill what still runs, a frozen rank too, and give the room back."""
@@ -111,7 +120,7 @@ class RankGroup:
             remove_placement_group(self._reservation)
 
     def _drain(self, rank: int) -> Any:
-        return self._actors[rank].drain.remote(_DRAIN_WAIT_S)
+        return self._actors[rank].drain.remote(_DRAIN_WAIT_S, self._orders())
 
     def _collect(
         self, answer: Any, rank: int, put: Callable[[int, Sequence[Record]], None], failures: list[RankFailure]
@@ -133,11 +142,17 @@ class RankGroup:
         for answer in ready:
             self._collect(answer, pending[answer], put, failures)
 
+    def _check_before_training(self) -> None:
+        self._check()
+        if self._orders().stop:
+            detail = "told to stop before any rank had begun; there was nothing new to save"
+            raise AttemptOver(AttemptEnded(outcome=Outcome.STOPPED, detail=detail))
+
     def _answers(self, answers: list[Any], deadline: float) -> list[Any]:
         """The values of all, or the end of the attempt."""
         waiting = answers
         while waiting:
-            self._check()
+            self._check_before_training()
             _, waiting = ray.wait(answers, num_returns=len(answers), timeout=_POLL_S)
             if waiting and time.monotonic() > deadline:
                 late = [self._places[answers.index(each)] for each in waiting]

@@ -15,12 +15,16 @@ _Event = TypeVar("_Event", bound=TelemetryEvent)
 
 
 class Receiver:
-    """What runners have posted. ``away`` makes it answer 503; ``control`` is the word it gives them."""
+    """What runners have posted.
+
+    ``away`` makes it answer 503; else its answer carries ``control`` and ``checkpoint_requests``.
+    """
 
     def __init__(self, token: str) -> None:
         self.token = token
         self.url = ""
         self.control = Control.CONTINUE
+        self.checkpoint_requests = 0
         self.away = False
         self.num_posts = 0
         self.num_refused = 0
@@ -77,7 +81,8 @@ class Receiver:
                 self.order.extend((batch.rank, event) for event in batch.events[new:])
             self._changed.notify_all()
             next_seq = {rank: len(events) for rank, events in self.events.items()}
-            return 200, IngestReply(control=self.control, next_seq=next_seq).model_dump_json().encode()
+            reply = IngestReply(control=self.control, next_seq=next_seq, checkpoint_requests=self.checkpoint_requests)
+            return 200, reply.model_dump_json().encode()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,9 +1,12 @@
 """Which failure of which rank counts: a table."""
 
 import pytest
+import torch.distributed as dist
 
-from service.cluster.failures import Cause, RankFailure, cause_of, judge, no_heartbeat
+from service.cluster.failures import Cause, RankFailure, cause_of, failure_of, judge, no_heartbeat
 from service.jobs import Outcome, Reason
+from tests.ranks import run_ranks
+from tests.syncbn.told import announce, batch, impatient_group, two_layers, wait_for
 
 RUNTIME = ["RuntimeError", "Exception"]
 MISSING = ["RanksMissing", "ExchangeError", *RUNTIME]
@@ -48,6 +51,7 @@ def test_the_words_of_an_exception_tell_what_ended_the_rank(types: list[str], te
         ([failure(0, Cause.DISCONNECTED), failure(1, Cause.TIMED_OUT)], Reason.COLLECTIVE_TIMEOUT, "rank 1"),
         ([failure(0, Cause.DISCONNECTED)], Reason.WORKER_LOST, "rank 0"),
         ([failure(0, Cause.RAISED, exception="UnusableCheckpoint")], Reason.CHECKPOINT_UNUSABLE, "rank 0"),
+        ([failure(0, Cause.RAISED, exception="CheckpointFailed")], Reason.CHECKPOINT_FAILED, "rank 0"),
     ],
 )
 def test_the_first_root_cause_counts(failures: list[RankFailure], reason: Reason, named: str) -> None:
@@ -56,11 +60,30 @@ def test_the_first_root_cause_counts(failures: list[RankFailure], reason: Reason
     assert ended.detail.startswith(named)
 
 
-def test_a_collective_timeout_names_the_layer_in_which_a_rank_was_missed() -> None:
-    error = "RanksMissing: rank 1 did not come within 30.0 s to the forward of 'layer1.bn1'"
-    ended = judge([failure(0, Cause.TIMED_OUT, error, exception="RanksMissing")])
+def _rank_1_stays_away() -> RankFailure | None:
+    model = two_layers(impatient_group(1.0))
+    if dist.get_rank() == 1:
+        wait_for("told")
+        return None
+    try:
+        model(batch())
+    except RuntimeError as error:
+        return failure_of(error, 0, "rank 0 on node0, pid 40")
+    finally:
+        announce("told")
+    raise AssertionError("nobody was missed")
+
+
+def test_a_collective_timeout_names_the_layer_and_the_rank_that_was_missed() -> None:
+    waited, _ = run_ranks(2, _rank_1_stays_away)
+    assert waited is not None
+    assert waited.cause is Cause.TIMED_OUT
+    ended = judge([waited], silent=["rank 1 on node1, pid 41"])
     assert ended.reason is Reason.COLLECTIVE_TIMEOUT
-    assert "rank 1 did not come within 30.0 s to the forward of 'layer1.bn1'" in ended.detail
+    assert ended.detail.startswith("rank 0 on node0, pid 40 waited in vain")
+    assert "rank 1 on node1, pid 41 had stopped answering" in ended.detail
+    assert "rank 1 did not come within" in ended.detail
+    assert "to the forward of 'stem'" in ended.detail
 
 
 def test_ranks_that_disagree_end_the_attempt_by_their_own_fault() -> None:

@@ -92,8 +92,11 @@ def test_the_control_word_reaches_the_runner(tmp_path: Path) -> None:
     with receiving() as receiver, sending(receiver, tmp_path) as sender:
         receiver.wait_for(lambda: receiver.num_posts, 10)
         assert sender.control is Control.CONTINUE
+        assert sender.checkpoint_requests == 0
+        receiver.checkpoint_requests = 2
         receiver.control = Control.ABORT
         wait_for_abort(sender)
+        assert sender.checkpoint_requests == 2
         assert sender.close(WORD, 10)
         assert receiver.ended == WORD
 

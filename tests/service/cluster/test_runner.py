@@ -29,10 +29,12 @@ from service.jobs import (
     RankStarted,
     Reason,
     StepMetrics,
+    StoppedEarly,
     TrainingFinished,
     new_job_id,
 )
 from service.scheduler.launcher import LaunchState
+from service.training.checkpoint import checkpoint_path, latest_checkpoint
 from tests.service.cluster.receiver import Receiver, receiving
 from tests.service.cluster.waiting import is_gone, wait_until
 
@@ -167,12 +169,35 @@ def test_a_collective_that_hangs_times_out_and_the_silent_rank_is_named(stage: S
     wait_until(lambda: all(is_gone(pid) for pid in pids.values()), 10, "the end of both ranks")
 
 
-def test_a_stopped_attempt_leaves_no_rank(stage: Stage) -> None:
+def test_an_attempt_saves_when_asked_and_when_it_is_stopped(stage: Stage) -> None:
+    request = stage.launch()
+    pids = stage.pids()
+    stage.receiver.checkpoint_requests = 1
+    on_request = stage.receiver.wait_for(lambda: stage.receiver.of_type(CheckpointSaved), 20)[0]
+    assert latest_checkpoint(stage.storage / "checkpoints").checkpoint is not None
+    stage.receiver.control = Control.STOP
+    ended = stage.receiver.wait_for(lambda: stage.receiver.ended, 20)
+    assert (ended.outcome, ended.reason) == (Outcome.STOPPED, None)
+    assert ended.checkpoint_step > on_request.step
+    for rank in (0, 1):
+        (stopped,) = stage.receiver.of_type(StoppedEarly, rank)
+        assert (stopped.step, stopped.checkpoint_saved) == (ended.checkpoint_step, True)
+        assert [e.step for e in stage.receiver.of_type(StepMetrics, rank)] == list(range(1, stopped.step + 1))
+    saved = latest_checkpoint(stage.storage / "checkpoints").checkpoint
+    assert saved is not None
+    assert (saved.step, saved.requests_met) == (ended.checkpoint_step, 1)
+    assert stage.ends(request).over
+    wait_until(lambda: all(is_gone(pid) for pid in pids.values()), 10, "the end of both ranks")
+
+
+def test_an_attempt_that_ray_stops_saves_and_leaves_no_rank(stage: Stage) -> None:
     request = stage.launch()
     pids = stage.pids()
     stage.launcher.stop(request.attempt_id)
     ended = stage.receiver.wait_for(lambda: stage.receiver.ended, 20)
-    assert ended.outcome is Outcome.STOPPED
+    assert (ended.outcome, ended.reason) == (Outcome.STOPPED, None)
+    assert ended.detail == f"stopped by Ray with SIGTERM; saved a checkpoint at step {ended.checkpoint_step}"
+    assert checkpoint_path(stage.storage / "checkpoints", ended.checkpoint_step).is_file()
     assert stage.ends(request) is LaunchState.STOPPED
     wait_until(lambda: all(is_gone(pid) for pid in pids.values()), 10, "the end of both ranks")
 
@@ -203,6 +228,15 @@ def test_a_job_without_room_is_told_so(stage: Stage) -> None:
     assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.PLACEMENT_TIMEOUT)
     assert "timeouts.placement_s" in ended.detail
     assert stage.ends(request) is LaunchState.FAILED
+
+
+def test_an_attempt_told_to_stop_before_its_ranks_begin_ends_at_once(stage: Stage) -> None:
+    stage.receiver.control = Control.STOP
+    request = stage.launch(num_workers=5)  # there is room for four
+    ended = stage.receiver.wait_for(lambda: stage.receiver.ended, STARTS_S)
+    assert (ended.outcome, ended.reason, ended.checkpoint_step) == (Outcome.STOPPED, None, None)
+    assert "before any rank had begun" in ended.detail
+    assert stage.ends(request).over
 
 
 def test_a_killed_runner_takes_its_ranks_along(stage: Stage) -> None:
