@@ -27,6 +27,7 @@ from syncbn import (
     population_statistics,
     unfreeze,
 )
+from syncbn.normalizers import FrozenBatchNorm
 from tests.ranks import run_ranks
 from tests.syncbn.collectives import CollectiveLog
 from tests.syncbn.reckoning import Reckoned, reckon
@@ -443,6 +444,67 @@ def _train_wholly_masked() -> tuple[Tensor, Tensor]:
     return layer(torch.zeros(4, 5), torch.zeros(4, dtype=torch.bool)), layer.get_buffer("running_var")
 
 
+@pytest.mark.parametrize("num_dims", [1, 2, 3], ids=["by-sample", "by-row", "by-position"])
+def test_keras_a_mask_of_the_first_dimensions_counts_for_all_behind(num_dims: int) -> None:
+    """As keras, .../batch_normalization_test.py, test_masked_broadcast_normalization; of more than ones."""
+    x, dy, mask = _image_batch(num_dims)
+    rows, dys = (values.movedim(1, -1)[mask].reshape(-1, 4) for values in (x, dy))
+    expected = reckon(rows, dys, torch.ones(4), torch.zeros(4))
+    results = run_ranks(2, _train_with_mask_of_first_dimensions, num_dims)
+    for name, values in (("output", expected.output), ("input_grad", expected.input_grad)):
+        actual = torch.cat([result[name] for result in results]).movedim(1, -1)
+        _close(actual[mask].reshape(-1, 4), values, 1e-5)
+        assert actual[~mask].count_nonzero() == 0
+    for result in results:
+        _close(result["running_mean"], expected.mean, 1e-5)
+        _close(result["running_var"], expected.unbiased_var, 1e-5)
+
+
+def _image_batch(num_dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, dy = _random(5, 4, 3, 2), _random(5, 4, 3, 2, seed=3)
+    mask = _random(5, 3, 2, seed=4) > 0.3
+    return x, dy, mask[(slice(None),) * num_dims + (0,) * (3 - num_dims)]
+
+
+def _train_with_mask_of_first_dimensions(num_dims: int) -> Results:
+    """Two samples on rank 0 and three on rank 1."""
+    x, dy, mask = (torch.split(values, [2, 3])[dist.get_rank()] for values in _image_batch(num_dims))
+    layer = SyncBatchNorm(4, momentum=1.0)
+    x = x.clone().requires_grad_()
+    output = layer(x, mask)
+    output.backward(dy)
+    assert x.grad is not None
+    return {"output": output.detach(), "input_grad": x.grad, **dict(layer.named_buffers())}
+
+
+def test_keras_evaluation_is_training_where_the_batch_is_all_that_was_tracked() -> None:
+    """As keras, .../batch_normalization_test.py, test_correctness: three times in a row, on two ranks."""
+    for results in run_ranks(2, _normalize_three_times):
+        _close(results["mean"], 0.0, 1e-3)
+        _close(results["std"], 1.0, 1e-3)
+        _close(results["running_mean"], 0.0, 1e-3)
+        _close(results["evaluated"], results["trained"].numpy(), 2e-2)
+        assert not torch.allclose(results["before"], results["trained"])
+
+
+def _normalize_three_times() -> Results:
+    x = (_random(10, 3, 5, 4) * 10 + 5)[slice(5 * dist.get_rank(), 5 * dist.get_rank() + 5)]
+    layer = SyncBatchNorm(3, momentum=1.0)
+    before = layer.eval()(x)
+    layer.train()
+    output = layer(layer(layer(x)))
+    means = torch.stack([output.mean((0, 2, 3)), output.square().mean((0, 2, 3))]).detach() / 2
+    dist.all_reduce(means)
+    results = {"mean": means[0], "std": means[1].sqrt(), "running_mean": layer.get_buffer("running_mean").clone()}
+    trained = layer(x)
+    # Unbiased variances are tracked: of 100 values each, they are one in a hundred above the batch's.
+    return {name: value.detach() for name, value in results.items()} | {
+        "before": before.detach(),
+        "trained": trained.detach(),
+        "evaluated": layer.eval()(x).detach(),
+    }
+
+
 def test_keras_what_is_not_trainable_uses_and_keeps_its_statistics() -> None:
     """As keras, .../batch_normalization_test.py, test_trainable_behavior: fixed, then trained again, then compared."""
     layer = SyncBatchNorm(3, momentum=0.2, eps=1e-10)
@@ -505,3 +567,15 @@ def _normalize_twice() -> tuple[Tensor, Tensor]:
     layer = SyncBatchNorm(4)
     once = layer(_random(2, 4, seed=dist.get_rank()))
     return once.detach(), layer(once).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_detectron2_a_frozen_layer_keeps_half_precision_under_autocast(dtype: torch.dtype) -> None:
+    """As detectron2, tests/layers/test_blocks.py, test_frozen_batchnorm_fp16: with gradients and without."""
+    layer = FrozenBatchNorm(4)
+    images = _random(2, 4, 3, 3).to(dtype)
+    for grad in (True, False):
+        with torch.autocast("cpu", dtype=dtype), torch.set_grad_enabled(grad):
+            output = layer(images.requires_grad_(grad))
+        assert output.dtype is dtype
+        torch.testing.assert_close(output, images, rtol=1e-2, atol=1e-2)
