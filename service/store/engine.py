@@ -101,7 +101,7 @@ def answering(name: str, remedy: str) -> Iterator[None]:
         raise
     except SQLAlchemyError as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        raise StoreUnavailable(f"{name} does not answer: {str(cause).strip()}; {remedy}") from error
+        raise StoreUnavailable(f"{name} does not answer: {' '.join(str(cause).split())}; {remedy}") from error
 
 
 def _gave_way(error: BaseException | None) -> bool:

@@ -7,6 +7,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, inspect, select
+from sqlalchemy.exc import DBAPIError
 
 from service.errors import StoreUnavailable
 from service.store.schema import SCHEMA_VERSION, metadata, schema_version
@@ -31,8 +32,8 @@ def is_up_to_date(connection: Connection) -> bool:
 def bring_up_to_date(connection: Connection, name: str, knob: str) -> None:
     """Make the tables of an empty database, or take every step that an older one lacks, in this transaction.
 
-    Raises: StoreUnavailable, changing nothing, where a newer service has written the database; ``knob`` is the
-    setting with which to choose another one.
+    Raises: StoreUnavailable, changing nothing, where a step fails, or a newer service has written the database;
+        ``knob`` is the setting with which to choose another one.
     """
     current = _current(connection)
     if current is None and not inspect(connection).has_table(schema_version.name):
@@ -48,7 +49,13 @@ def bring_up_to_date(connection: Connection, name: str, knob: str) -> None:
         )
     if current is None:
         command.stamp(migrations(connection), wanted)
-    command.upgrade(migrations(connection), "head")
+    try:
+        command.upgrade(migrations(connection), "head")
+    except DBAPIError as error:
+        raise StoreUnavailable(
+            f"{name} could not be brought from schema {wanted} to {_script().get_current_head()}: {error.orig}; "
+            "nothing was changed"
+        ) from error
 
 
 def _script() -> ScriptDirectory:

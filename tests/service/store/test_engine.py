@@ -25,19 +25,6 @@ def test_the_file_is_for_its_owner_alone_and_written_ahead(tmp_path: Path) -> No
     store.close()
 
 
-def test_a_database_of_a_newer_service_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "jobs.sqlite"
-    JobStore.open(path).close()
-    with sqlite3.connect(path) as other:
-        other.execute("UPDATE alembic_version SET version_num = '9999_later'")
-    other.close()
-    with pytest.raises(StoreUnavailable, match=r"9999_later.*newer one has written it; .*SYNCBN_DATA_DIR"):
-        JobStore.open(path)
-    with sqlite3.connect(path) as other:
-        assert other.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999_later",)]
-    other.close()
-
-
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "jobs.sqlite"
     path.write_bytes(b"something else entirely" * 1000)
