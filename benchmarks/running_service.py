@@ -1,4 +1,4 @@
-"""A service in a process of its own for benchmarks, on a folder that is gone afterwards."""
+"""A service in a process of its own for benchmarks."""
 
 import json
 import os
@@ -7,28 +7,47 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from service.client import Client
 
 
+@dataclass(frozen=True)
+class Served:
+    """A service that listens."""
+
+    url: str
+    pid: int
+
+
+@contextmanager
+def serving(folder: Path, variables: Mapping[str, str]) -> Iterator[Served]:
+    """A service on the data ``folder``; ``variables`` are set in its environment."""
+    command = [sys.executable, "-m", "service.cli", "serve", "--json", "--data-dir", str(folder), "--port", "0"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**inherited, **variables}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield Served(json.loads(process.stdout.readline())["url"], process.pid)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
 @contextmanager
 def running_service(**variables: str) -> Iterator[Client]:
-    """A client of a fresh service; ``variables`` are set in its environment."""
-    with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
-        command = [sys.executable, "-m", "service.cli", "serve", "--json", "--data-dir", folder, "--port", "0"]
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=inherited | variables
-        ) as process:
-            try:
-                assert process.stdout is not None
-                with Client(json.loads(process.stdout.readline())["url"]) as client:
-                    yield client
-            finally:
-                process.send_signal(signal.SIGINT)
-                process.wait(60)
+    """A client of a fresh service on a folder of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder,
+        serving(Path(folder), variables) as served,
+        Client(served.url) as client,
+    ):
+        yield client
 
 
 def wait_until_ready(client: Client, timeout_s: float = 60.0) -> None:
