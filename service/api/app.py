@@ -1,17 +1,32 @@
 """Puts the API together."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 from fastapi import Request, Response
 from pydantic import SecretStr
 
-from service.api import health, ingest, jobs, planning, problems, stream, telemetry
+from service.api import (
+    api_keys,
+    audit,
+    health,
+    ingest,
+    jobs,
+    lifecycle,
+    planning,
+    principals,
+    problems,
+    retry,
+    stream,
+    telemetry,
+)
 from service.api.auth import require_role
 from service.api.document import Api
 from service.api.doorkeeper import Doorkeeper
+from service.api.feed import Feed
 from service.api.gate import Gate
+from service.api.metrics import Metrics
 from service.api.middleware import AllowedHosts, BodyLimit, RequestIds
 from service.api.parts import Parts, parts_of
 from service.api.rates import RateLimits
@@ -30,6 +45,7 @@ def create_app(
     check_placement: Callable[[JobSpec], Sequence[FieldProblem]],
     plan: Callable[[JobSpec], JobPlan],
     readiness: Callable[[], dict[str, str]],
+    gauges: Callable[[], Mapping[str, float]],
     stopping: threading.Event,
     api_token: SecretStr | None = None,
     limits: RateLimits | None = None,
@@ -38,11 +54,14 @@ def create_app(
     """The API over ``store``.
 
     ``check_placement`` says why the cluster could never hold a job, ``plan`` what would become of it, ``readiness``
-    the state of each part ("ok" or what is wrong); all are called in worker threads. Every ``/v1`` request
-    must show a stored key or ``api_token``, once there is either; an attempt's reports carry their own. ``stopping``
-    ends all streams. A host of ``*`` allows any.
+    the state of each part ("ok" or what is wrong), ``gauges`` what other parts measure of themselves; all are called
+    in worker threads. Every ``/v1`` request must show a stored key or ``api_token``, once there is either; an
+    attempt's reports carry their own. ``stopping`` ends all streams. A host of ``*`` allows any.
     """
+    feed = Feed(store, stopping)
+    metrics = Metrics(store.count_by_state, lambda: {**gauges(), "syncbn_open_streams": feed.num_readers})
     app = Api(
+        telemetry={"meter_provider": metrics.meter_provider},
         title="syncbn",
         version=version("syncbn"),
         summary="Trains BatchNorm networks on many workers as if they were one.",
@@ -50,7 +69,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts = Parts(store, check_placement, plan, readiness, stopping)
+    app.state.parts = Parts(store, check_placement, plan, readiness, feed, metrics, stopping)
     problems.install(app)
     app.add_exception_handler(WrongSpec, _refuse_spec)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
@@ -58,7 +77,7 @@ def create_app(
     app.add_middleware(Recording, store=store)
     app.add_middleware(AllowedHosts, allowed=allowed_hosts)
     app.add_middleware(RequestIds)
-    for module in (planning, jobs, telemetry, stream):
+    for module in (planning, jobs, lifecycle, retry, telemetry, stream, principals, api_keys, audit):
         app.include_router(module.router, dependencies=[require_role(Role.READER)])
     app.include_router(ingest.router)
     app.include_router(health.router)

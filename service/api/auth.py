@@ -88,7 +88,7 @@ AttemptToken = Annotated[str, Depends(_given_attempt_token)]
 
 def require_json(request: Request) -> None:
     """Let the request pass if its body, where it has one, says that it is JSON. Raises HTTPException 415."""
-    if request.headers.get("content-length", "") == "0":
+    if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
         return
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":

@@ -1,29 +1,19 @@
-"""Jobs over HTTP: submit, look, list, cancel, report."""
+"""Jobs over HTTP: submit, look, list, report."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
+from service.api.acceptance import REPLAYED, IdempotencyKey, accept
 from service.api.auth import Asker, require_json, require_role, visible_owner
 from service.api.parts import ExistingJob, PartsOf, Store
-from service.api.problems import Answers, answers
+from service.api.problems import answers
 from service.api.submission import Submission
-from service.errors import Conflict, InvalidRequest
-from service.jobs import Job, JobPage, JobReport, JobState, Reason, Role
+from service.api.versions import tell_version
+from service.jobs import Job, JobPage, JobReport, JobState, Role
 from service.reports import report_job
-from service.store import JobStore
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-
-_TRIES = 20
-
-_REPLAYED: Answers = {200: {"model": Job, "description": "The job made earlier under this key"}}
-_ACCEPTED: Answers = {202: {"model": Job, "description": "Its workers are being stopped"}}
-
-Key = Annotated[
-    str | None,
-    Header(description="A word of the caller's choice: the same word with the same spec never makes a second job."),
-]
 
 
 @router.post(
@@ -31,22 +21,13 @@ Key = Annotated[
     status_code=201,
     summary="Submit a job",
     dependencies=[Depends(require_json), require_role(Role.SUBMITTER)],
-    responses=_REPLAYED | answers(400, 401, 413, 415, 422, 503),
+    responses=REPLAYED | answers(400, 401, 413, 415, 422, 503),
 )
 def submit_job(
-    spec: Submission, asker: Asker, store: Store, parts: PartsOf, response: Response, idempotency_key: Key = None
+    spec: Submission, asker: Asker, parts: PartsOf, response: Response, idempotency_key: IdempotencyKey = None
 ) -> Job:
     """Accept a training job; it starts when the cluster has room. Every wrong field is named at once."""
-    # A replay is answered as the first time was, even if the cluster has shrunk meanwhile.
-    known = None if idempotency_key is None else store.recall(spec, idempotency_key, owner=asker.name)
-    if known is None and (problems := parts.check_placement(spec)):
-        raise InvalidRequest(problems)
-    job, created = (known, False) if known is not None else store.create(spec, idempotency_key, owner=asker.name)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    if not created:
-        response.status_code = 200
-        response.headers["Idempotency-Replayed"] = "true"
-    return job
+    return accept(spec, idempotency_key, asker, parts, response)
 
 
 @router.get("", summary="List jobs", responses=answers(400, 401, 422, 503))
@@ -63,38 +44,9 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="Show a job", responses=answers(400, 401, 404, 503))
-def show_job(job: ExistingJob) -> Job:
-    """The job as it stands, with how fresh that knowledge is."""
-    return job
-
-
-@router.post(
-    "/{job_id}:cancel",
-    summary="Cancel a job",
-    dependencies=[require_role(Role.SUBMITTER)],
-    responses=_ACCEPTED | answers(400, 401, 404, 409, 503),
-)
-def cancel_job(job_id: str, store: Store, response: Response) -> Job:
-    """End the job. One that waits is cancelled at once, one that runs when its workers have gone."""
-    job, accepted = _cancel(store, job_id)
-    response.status_code = 202 if accepted else 200
-    return job
-
-
-def _cancel(store: JobStore, job_id: str) -> tuple[Job, bool]:
-    """The job, and whether it is now on its way to be cancelled. Another writer in between is no reason to fail."""
-    for _ in range(_TRIES):
-        job = store.get(job_id)
-        if job.state in (JobState.CANCELLING, JobState.CANCELLED):
-            return job, False
-        if job.state.terminal:
-            raise Conflict(f"{job.id} has already {job.state}; there is nothing left to cancel")
-        to = JobState.CANCELLING if job.state.active else JobState.CANCELLED
-        try:
-            return store.transition(job, to, reason=Reason.CANCELLED_BY_USER), to is JobState.CANCELLING
-        except Conflict:
-            continue
-    raise Conflict(f"{job_id} kept changing while it was to be cancelled; try again")
+def show_job(job: ExistingJob, response: Response) -> Job:
+    """The job as it stands, with how fresh that knowledge is; its `ETag` is its version."""
+    return tell_version(response, job)
 
 
 @router.get("/{job_id}/report", summary="Report on a job", responses=answers(400, 401, 404, 503))

@@ -7,7 +7,12 @@ _ERRORS = {
     ("post", "/v1/jobs:validate"): {400, 401, 403, 413, 415, 422, 429, 503},
     ("post", "/v1/jobs:plan"): {400, 401, 403, 413, 415, 422, 429, 503},
     ("get", "/v1/jobs/{job_id}"): {400, 401, 404, 429, 503},
-    ("post", "/v1/jobs/{job_id}:cancel"): {400, 401, 403, 404, 409, 429, 503},
+    ("patch", "/v1/jobs/{job_id}"): {400, 401, 403, 404, 409, 412, 413, 415, 422, 429, 503},
+    ("post", "/v1/jobs/{job_id}:cancel"): {400, 401, 403, 404, 409, 422, 429, 503},
+    ("post", "/v1/jobs/{job_id}:pause"): {400, 401, 403, 404, 409, 429, 503},
+    ("post", "/v1/jobs/{job_id}:resume"): {400, 401, 403, 404, 409, 413, 415, 422, 429, 503},
+    ("post", "/v1/jobs/{job_id}:checkpoint"): {400, 401, 403, 404, 409, 429, 503},
+    ("post", "/v1/jobs/{job_id}:retry"): {400, 401, 403, 404, 409, 413, 415, 422, 429, 503},
     ("get", "/v1/jobs/{job_id}/report"): {400, 401, 404, 429, 503},
     ("get", "/v1/jobs/{job_id}/metrics"): {400, 401, 404, 422, 429, 503},
     ("get", "/v1/jobs/{job_id}/metrics/{name}"): {400, 401, 404, 422, 429, 503},
@@ -37,7 +42,9 @@ def test_the_document_says_for_every_route_which_key_and_role_it_needs(client: T
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             security = operation.get("security")
-            if not path.startswith("/v1/"):
+            if path == "/metrics":
+                assert security == [{"api key": ["reader"]}]
+            elif not path.startswith("/v1/"):
                 assert security is None, path
             elif path.startswith("/v1/attempts/"):
                 assert security == [{"ingest token": []}]

@@ -1,12 +1,9 @@
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from service.errors import Conflict
-from service.jobs import Job, JobPage, JobReport, JobState, Phase, Reason
+from service.jobs import Job, JobPage, JobReport, JobState
 from tests.service.api.house import House
 from tests.service.store.telling import drift, evaluation, spec, started, step
 
@@ -109,57 +106,6 @@ def test_jobs_are_listed_in_pages_and_filtered(client: TestClient, house: House)
 def test_wrong_parameters_are_named(client: TestClient) -> None:
     assert _pointers(client.get("/v1/jobs?limit=0&state=asleep")) == {"/limit", "/state/0"}
     assert _pointers(client.get("/v1/jobs?cursor=mine")) == {"/cursor"}
-
-
-def test_a_waiting_job_is_cancelled_at_once_and_again_without_harm(client: TestClient, house: House) -> None:
-    job, _ = house.store.create(spec())
-    first = client.post(f"/v1/jobs/{job.id}:cancel")
-    assert (first.status_code, first.json()["state"], first.json()["reason"]) == (200, "cancelled", "cancelled_by_user")
-    again = client.post(f"/v1/jobs/{job.id}:cancel")
-    assert (again.status_code, again.json()) == (200, first.json())
-
-
-def test_an_active_job_is_cancelled_when_its_workers_have_gone(client: TestClient, house: House) -> None:
-    job, _ = house.running_job()
-    first = client.post(f"/v1/jobs/{job.id}:cancel")
-    assert (first.status_code, first.json()["state"]) == (202, "cancelling")
-    assert client.post(f"/v1/jobs/{job.id}:cancel").status_code == 200
-    house.store.transition(house.store.get(job.id), JobState.CANCELLED)
-    assert client.post(f"/v1/jobs/{job.id}:cancel").status_code == 200
-
-
-@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
-def test_a_job_that_is_over_cannot_be_cancelled(client: TestClient, house: House, state: JobState) -> None:
-    job, _ = house.running_job()
-    house.store.transition(job, state)
-    answer = client.post(f"/v1/jobs/{job.id}:cancel")
-    assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
-    assert state.value in answer.json()["detail"]
-
-
-def test_a_cancel_prevails_over_a_busy_scheduler(client: TestClient, house: House) -> None:
-    job, _ = house.running_job()
-    started = threading.Event()
-
-    def keep_moving() -> None:
-        while (seen := house.store.get(job.id)).state is not JobState.CANCELLING:
-            started.set()
-            try:
-                if seen.state is JobState.RUNNING:
-                    house.store.transition(seen, JobState.RECOVERING, reason=Reason.WORKER_LOST)
-                elif seen.state is JobState.RECOVERING:
-                    house.store.start_attempt(seen)
-                else:
-                    house.store.transition(seen, JobState.RUNNING, phase=Phase.TRAINING)
-            except Conflict:
-                continue
-
-    with ThreadPoolExecutor(1) as pool:
-        moving = pool.submit(keep_moving)
-        assert started.wait(10)
-        answer = client.post(f"/v1/jobs/{job.id}:cancel")
-        moving.result(timeout=30)
-    assert (answer.status_code, answer.json()["state"]) == (202, "cancelling")
 
 
 def test_the_report_is_made_of_what_is_stored(client: TestClient, house: House) -> None:
