@@ -39,8 +39,8 @@ class SyncBatchNorm(_BatchNorm):
     Masking: ``layer(input, mask)`` counts only positions where the boolean ``mask``, ``(N, *)`` or ``(N,)``, is True,
         in training and evaluation; its output is zero elsewhere. For lengths of padded sequences it is
         ``torch.arange(input.size(2)) < lengths[:, None]``.
-    Checkpointing: a recomputation inside a backward pass counts for nothing and, unless it is reentrant or nested,
-        communicates nothing.
+    Checkpointing: a recomputation inside a backward pass counts for nothing and communicates nothing, save around a
+        segment that is checkpointed itself without reentrance, and in compiled code.
     Raises: ValueError if the input has not ``num_features`` channels, or if the ranks together hold
         only one value per channel; judged after the exchange, so that every rank raises. Where no rank
         holds any value, nothing is raised and the statistics stay. See `sync_batch_norm` for compiled code.

@@ -1,6 +1,7 @@
 """Batch normalization over all ranks as a function, with its two exchanges side by side."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,15 +41,17 @@ def sync_batch_norm(
     Gradients: ``input``'s is exact, through the statistics of all ranks, and may be differentiated again. Those of
         ``weight`` and ``bias`` are the rank's own sums: add them up over ranks, or let DistributedDataParallel
         average them as it does all others.
-    Checkpointing: a recomputation inside a backward pass (`torch.utils.checkpoint`) tracks nothing, and without
-        reentrance it takes the statistics of the first run instead of exchanging them again.
+    Checkpointing: a recomputation inside a backward pass (`torch.utils.checkpoint`) tracks nothing, and takes the
+        statistics of the first run instead of exchanging them again, save in a segment that contains a non-reentrant
+        one, and in compiled code.
     Cost: one exchange of ``2C + 1`` doubles forward and, if ``input`` needs a gradient, one of ``2C`` backward (two
         more of ``2C`` for a gradient of that gradient); all ranks must call, empty ones included. Keeps ``input``
         and ``2C`` values for the backward. A mask makes training wait for the device, once.
     Raises: ValueError if the ranks together hold only one value per channel; judged after the exchange, so that
         every rank raises (inside `torch.compile` and CUDA graphs it is a RuntimeError of the device). ValueError if
-        a per-channel argument is not ``(C,)``, if ``eps`` is not positive, if ``momentum`` is None without ``num_batches_tracked``, or if the
-        mask fits no position of ``input``. TypeError under `torch.vmap`, which has no meaning for what all share.
+        a per-channel argument is not ``(C,)``, if ``eps`` is not positive, if ``momentum`` is None without
+        ``num_batches_tracked``, or if the mask fits no position of ``input``. TypeError under `torch.vmap`, which
+        has no meaning for what all share.
     Source: Ioffe and Szegedy 2015, Algorithms 1 and 2.
     """
     return batch_norm_over(
@@ -78,16 +81,18 @@ def batch_norm_over(
         raise ValueError(f"eps must be positive in training, where it keeps constant channels from NaN; got {eps}")
     if mask is not None:
         input = zero_where_masked(input, mask)
-    known = recomputation.recall()
+    known = None if group is None else recomputation.recall()  # alone there is nothing to be exchanged again
     output: Tensor
     is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     function = _SyncBatchNorm if is_transformed else _EagerSyncBatchNorm
     output, *moments = function.apply(input, mask, weight, bias, eps, group, layer, known)  # type: ignore[no-untyped-call]
     batch = BatchMoments(*moments)
-    if known is None:
+    if group is not None:
         recomputation.remember(batch)
     if not recomputation.is_recomputing():
         _check_count(input, mask, batch)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            batch = replace(batch, count=recomputation.none_if_recomputing(batch.count))
         if instead_of_tracking is not None:
             instead_of_tracking(batch)
         elif running_mean is not None and running_var is not None:

@@ -51,6 +51,11 @@ def nested(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
+def nested_reentrant(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = checkpoint(reentrant, model, x, use_reentrant=True)
+    return output
+
+
 def _run_twice_first_checkpointed(model: nn.Module, x: Tensor) -> Tensor:
     return plain(model, non_reentrant(model, x) * 2)
 
@@ -64,6 +69,10 @@ def nested_first(model: nn.Module, x: Tensor) -> Tensor:
 def two_segments(model: nn.Module, x: Tensor) -> Tensor:
     """The same layers in two segments, which are recomputed last to first."""
     return non_reentrant(model, non_reentrant(model, x) * 2)
+
+
+def two_reentrant_segments(model: nn.Module, x: Tensor) -> Tensor:
+    return reentrant(model, reentrant(model, x) * 2)
 
 
 def two_plain_segments(model: nn.Module, x: Tensor) -> Tensor:
@@ -93,9 +102,11 @@ def _train(forward: Forward, sizes: tuple[int, ...]) -> tuple[list[Tensor], int,
         (two_segments, two_plain_segments, 0),
         (nested, plain, 0),
         (nested_first, two_plain_segments, 3),
-        (reentrant, plain, 3),
+        (reentrant, plain, 0),
+        (two_reentrant_segments, two_plain_segments, 0),
+        (nested_reentrant, plain, 0),
     ],
-    ids=["non-reentrant", "two-segments", "nested", "nested-first", "reentrant"],
+    ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_checkpointing_counts_once_and_exchanges_again_only_where_it_must(
     forward: Forward, reference: Forward, num_again: int
