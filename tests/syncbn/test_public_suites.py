@@ -1,9 +1,8 @@
 """What public test suites of synchronized BatchNorm check, checked here; each test names the file that checks it.
 
 The checks are the suites', with their tolerances where they state any; values come from `tests.syncbn.reckoning`, and
-ranks are gloo processes where the suites want GPUs. Torch's tests that ship in its wheel are run as they are, in
-`test_torch_suite`. Not here: fairscale's ``memory_allocated`` (memory of GPUs), and fvcore's
-``test_precise_bn_insufficient_data`` (`population_statistics` takes the batches there are, and asks for no number).
+ranks are gloo processes where the suites want GPUs. ``docs/layer.md`` lists every test of these suites: which is run as
+it is, in `test_torch_suite`, which is here, and why the others cannot be.
 """
 
 import itertools
