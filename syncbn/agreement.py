@@ -1,4 +1,8 @@
-"""Agreement: every exchange opens with what the rank believes it is, so that a difference is an error that says so."""
+"""Agreement: every exchange opens with what the rank believes it is, so that a difference is an error that says so.
+
+What it opens with is a number, because most exchanges agree and what is sent and compared costs all of them. The
+texts behind the numbers are only sent where the numbers differ.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from syncbn.errors import RanksDisagree
 
-HEADER_SIZE = 32
-"""Doubles at the front of a message: room for 256 bytes of text."""
+TEXT_SIZE = 32
+"""Doubles for the text of an exchange: 256 bytes."""
 
-_NUM_BYTES = HEADER_SIZE * 8
+_NUM_BYTES = TEXT_SIZE * 8
+_DIGEST_BITS = 53  # every integer below 2 ** 53 is a double
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """What a rank means to exchange. Equal on all ranks, or the exchange is refused."""
 
     purpose: str
@@ -40,23 +46,35 @@ class Exchange:
         layer = f"'{self.layer}'" if self.layer else "a layer without a name"
         return f"{self.purpose} of {layer} ({self.num_channels} channels, {_name_of(self.dtype)})"
 
-    def as_arguments(self) -> tuple[str, str, int, torch.dtype | None, int]:
-        """The fields, in their order."""
-        return self.purpose, self.layer, self.num_channels, self.dtype, self.num_values
+
+@dataclass(frozen=True, eq=False)
+class Digest:
+    """A number for an exchange: equal for equal ones, and for different ones with a probability of about 1e-16."""
+
+    number: float
+    vector: Tensor
+    """The same as ``(1,)`` double; to be read only, for it is made once."""
 
 
 @lru_cache(maxsize=4096)
-def header_of(exchange: Exchange) -> Tensor:
-    """The text of ``exchange`` as ``(HEADER_SIZE,)`` doubles, bit for bit; to be read only, for it is made once.
+def digest_of(exchange: Exchange) -> Digest:
+    """The number that opens the messages of ``exchange``."""
+    hashed = blake2b(str(exchange).encode(), digest_size=8).digest()
+    number = float(int.from_bytes(hashed, "big") >> (64 - _DIGEST_BITS))
+    return Digest(number, torch.tensor([number], dtype=torch.float64))
+
+
+def text_of(exchange: Exchange) -> Tensor:
+    """The text of ``exchange`` as ``(TEXT_SIZE,)`` doubles, bit for bit.
 
     UTF-8 text makes neither NaN nor zero of a double, so that equal doubles are equal texts.
     """
     return torch.frombuffer(bytearray(_fitted(str(exchange)).ljust(_NUM_BYTES)), dtype=torch.float64)
 
 
-def read_header(header: Tensor) -> str:
-    """The text of a header, or of whatever came in its place."""
-    text = bytes(header.contiguous().view(torch.uint8).tolist()).decode(errors="replace").rstrip()
+def read_text(doubles: Tensor) -> str:
+    """The text in these doubles, or a word for whatever came in its place."""
+    text = bytes(doubles.contiguous().view(torch.uint8).tolist()).decode(errors="replace").rstrip()
     return text if text.isprintable() else "something that is no exchange of a SyncBatchNorm"
 
 

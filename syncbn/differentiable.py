@@ -3,7 +3,6 @@
 Slower than the kernels, and used only where a gradient is asked for with ``create_graph=True`` or by `torch.func`.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class _GlobalMoments(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.group, exchange = inputs
-        ctx.exchange = replace(exchange, purpose=_FURTHER)
+        ctx.exchange = exchange._replace(purpose=_FURTHER)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -85,7 +84,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.group, exchange = inputs
-        ctx.exchange = replace(exchange, purpose=_FURTHER)
+        ctx.exchange = exchange._replace(purpose=_FURTHER)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

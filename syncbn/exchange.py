@@ -1,8 +1,8 @@
 """Small float64 vectors between the ranks of a process group: one collective each, every rank gets the same bits.
 
-Over gloo every message opens with what the rank means to exchange, see `syncbn.agreement`. A message may be shorter
-than what its receiver has room for, never longer: gloo would end the process. So each rank has room for the longest
-message there is, whatever it sends itself.
+Over gloo every message opens with a number for what the rank means to exchange, see `syncbn.agreement`. A message may
+be shorter than what its receiver has room for, never longer: gloo would end the process. So each rank has room for the
+longest message there is, whatever it sends itself; of that memory only what is written to is ever touched.
 """
 
 import time
@@ -14,7 +14,7 @@ from torch._library.effects import EffectType
 from torch.distributed import ProcessGroup, Work
 
 from syncbn.absence import absence
-from syncbn.agreement import HEADER_SIZE, Exchange, disagreement, header_of, read_header
+from syncbn.agreement import TEXT_SIZE, Exchange, digest_of, disagreement, read_text, text_of
 from syncbn.errors import RanksDisagree, RanksMissing
 
 _REPLICATED_WORLD_SIZE = 8
@@ -53,7 +53,7 @@ def sum_over_ranks(vector: Tensor, process_group: ProcessGroup | None, exchange:
         return vector
     exchange = exchange or Exchange("sum", num_values=vector.numel())
     if torch.compiler.is_compiling():
-        total: Tensor = _opaque_sum(vector, process_group.group_name, *exchange.as_arguments())
+        total: Tensor = _opaque_sum(vector, process_group.group_name, *exchange)
         return total
     return _sum(vector, process_group, exchange)
 
@@ -68,9 +68,9 @@ def gather_over_ranks(vector: Tensor, process_group: ProcessGroup | None, exchan
     exchange = exchange or Exchange("gather", num_values=vector.numel())
     start = time.monotonic()
     try:
-        others = _agreed_others(vector, process_group, exchange)
-        if others is not None:
-            return _with_own(others, vector, process_group)
+        rows = _agreed_rows(vector, process_group, exchange)
+        if rows is not None:
+            return torch.stack(rows)
         gathered = [torch.empty_like(vector) for _ in range(process_group.size())]
         dist.all_gather(gathered, vector, group=process_group)
         return torch.stack(gathered)
@@ -83,13 +83,14 @@ def gather_over_ranks(vector: Tensor, process_group: ProcessGroup | None, exchan
 def _sum(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor:
     start = time.monotonic()
     try:
-        others = _agreed_others(vector, process_group, exchange)
-        if others is None:
+        rows = _agreed_rows(vector, process_group, exchange)
+        if rows is None:
             dist.all_reduce(vector, group=process_group)
             return vector
-        if len(others) == 1:  # in either order the same bits
-            return others[0] + vector
-        return _with_own(others, vector, process_group).sum(0)
+        total = rows[0] + rows[1]
+        for row in rows[2:]:
+            total += row
+        return total
     except RanksDisagree:
         raise
     except RuntimeError as error:
@@ -119,47 +120,58 @@ def _explained(error: RuntimeError, process_group: ProcessGroup, exchange: Excha
     return absence(process_group, exchange, time.monotonic() - start, error)
 
 
-def _agreed_others(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> Tensor | None:
-    """Over gloo, the other ranks' vectors as the rows of ``(W - 1, K)``; None where they are still to be sent.
+def _agreed_rows(vector: Tensor, process_group: ProcessGroup, exchange: Exchange) -> list[Tensor] | None:
+    """Over gloo, every rank's vector in the order of ranks; None where they are still to be sent.
 
-    Raises RanksDisagree where there are headers and they differ.
+    Raises RanksDisagree where there are numbers to compare and they differ.
     """
-    if f"{vector.device.type}:gloo" not in dist.get_backend_config(process_group):
+    if not _is_gloo(process_group, vector):
         return None
     assert vector.dtype == torch.float64
-    world_size = process_group.size()
-    room = _REPLICATED_VALUES // world_size if world_size <= _REPLICATED_WORLD_SIZE else 0
-    fits = vector.device.type == "cpu" and vector.numel() <= room
-    header = header_of(exchange)
-    message = torch.cat([header, vector]) if fits else header
-    received = vector.new_empty(world_size - 1, HEADER_SIZE + room, device="cpu")
-    work = _send_to_all(message, received, process_group)
-    # Views are made while the messages are on their way.
-    headers, others = received[:, :HEADER_SIZE], received[:, HEADER_SIZE : message.numel()]
-    expected = header.expand_as(headers)
+    num_peers = process_group.size() - 1
+    room = _REPLICATED_VALUES // (num_peers + 1) if num_peers < _REPLICATED_WORLD_SIZE else 0
+    fits = vector.is_cpu and vector.numel() <= room
+    digest = digest_of(exchange)
+    received = torch.empty(num_peers * (1 + room), dtype=torch.float64)
+    work = _send_to_all([digest.vector, vector] if fits else [digest.vector], received, process_group)
+    # Views are made while the messages are on their way, and few, because they cost as much as the numbers in them.
+    digests = received[:: 1 + room]
+    rows = list(received.as_strided((num_peers, vector.numel()), (1 + room, 1), 1).unbind()) if fits else None
     work.wait()
-    if not torch.equal(headers, expected):
-        raise _refusal(headers, process_group, exchange)
-    return others if fits else None
+    if digests.tolist() != [digest.number] * num_peers:
+        raise _refusal(process_group, exchange)
+    if rows is not None:
+        rows.insert(process_group.rank(), vector)
+    return rows
 
 
-def _with_own(others: Tensor, vector: Tensor, process_group: ProcessGroup) -> Tensor:
-    rank = process_group.rank()
-    return torch.cat([others[:rank], vector.unsqueeze(0), others[rank:]])
+def _is_gloo(process_group: ProcessGroup, vector: Tensor) -> bool:
+    backends = dist.get_backend_config(process_group)  # such as cpu:gloo,cuda:nccl
+    return ("cpu:gloo" if vector.is_cpu else f"{vector.device.type}:gloo") in backends
 
 
-def _send_to_all(message: Tensor, received: Tensor, process_group: ProcessGroup) -> Work:
-    """Start to send ``message`` to all other ranks, and theirs, which may be shorter, to the rows of ``received``."""
-    num_peers, room = received.shape
-    copies = message if num_peers == 1 else message.repeat(num_peers)
-    sent, expected = [message.numel()] * num_peers, [room] * num_peers
-    for sizes in (sent, expected):
-        sizes.insert(process_group.rank(), 0)
+def _send_to_all(message: list[Tensor], received: Tensor, process_group: ProcessGroup) -> Work:
+    """Start to send the parts of ``message`` to all other ranks, and theirs to as many equal parts of ``received``.
+
+    Theirs may be shorter than such a part.
+    """
+    num_peers, rank = process_group.size() - 1, process_group.rank()
+    copies = torch.cat(message * num_peers)
+    sent, expected = [copies.numel() // num_peers] * num_peers, [received.numel() // num_peers] * num_peers
+    sent.insert(rank, 0)
+    expected.insert(rank, 0)
     # The group's own method: the public function around it costs more than all that is done here.
-    return process_group.alltoall_base(received.view(-1), copies, expected, sent)
+    return process_group.alltoall_base(received, copies, expected, sent)
 
 
-def _refusal(headers: Tensor, process_group: ProcessGroup, exchange: Exchange) -> RanksDisagree:
-    texts = [read_header(header) for header in headers]
-    texts.insert(process_group.rank(), read_header(header_of(exchange)))
+def _refusal(process_group: ProcessGroup, exchange: Exchange) -> RanksDisagree:
+    """The error for ranks that differ. All of them know that they do, for all have seen the same numbers.
+
+    So all come here and tell each other what they meant, which also leaves the group as it was.
+    """
+    own = text_of(exchange)
+    received = own.new_empty((process_group.size() - 1) * TEXT_SIZE)
+    _send_to_all([own], received, process_group).wait()
+    texts = [read_text(doubles) for doubles in received.view(-1, TEXT_SIZE)]
+    texts.insert(process_group.rank(), read_text(own))
     return disagreement(exchange, dict(zip(dist.get_process_group_ranks(process_group), texts, strict=True)))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from syncbn.agreement import HEADER_SIZE, Exchange, disagreement, header_of, read_header
+from syncbn.agreement import TEXT_SIZE, Exchange, disagreement, read_text, text_of
 from syncbn.batchnorm import SyncBatchNorm
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import unwrapped
@@ -35,13 +35,13 @@ def check_agreement(model: nn.Module, *, process_group: ProcessGroup | None = No
     exchanges += [Exchange("end of its layers")] * (num_layers - len(exchanges))
     if not exchanges:
         return
-    headers = torch.cat([header_of(exchange) for exchange in exchanges]).to(device)
-    purpose = Exchange("comparison of layers", num_values=headers.numel())
-    by_rank = gather_over_ranks(headers, group, purpose).cpu().view(group.size(), num_layers, HEADER_SIZE)
+    texts = torch.cat([text_of(exchange) for exchange in exchanges]).to(device)
+    purpose = Exchange("comparison of layers", num_values=texts.numel())
+    by_rank = gather_over_ranks(texts, group, purpose).cpu().view(group.size(), num_layers, TEXT_SIZE)
     for place, exchange in enumerate(exchanges):
         if not torch.equal(by_rank[:, place], by_rank[:1, place].expand(group.size(), -1)):
-            texts = [read_header(header) for header in by_rank[:, place]]
-            raise disagreement(exchange, dict(zip(get_process_group_ranks(group), texts, strict=True)))
+            told = [read_text(doubles) for doubles in by_rank[:, place]]
+            raise disagreement(exchange, dict(zip(get_process_group_ranks(group), told, strict=True)))
 
 
 def _described(path: str, layer: SyncBatchNorm) -> Exchange:

@@ -8,14 +8,12 @@ from torch import Tensor
 from torch.distributed import get_world_size
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncbn.agreement import HEADER_SIZE
-
 
 @dataclass(frozen=True)
 class Collective:
     """One collective of this rank: its operator, and how many values of which type go to each rank.
 
-    The header at the front of a message is not counted; a message of nothing else has 0 values.
+    The number that opens a message is not counted; a message of nothing else has 0 values.
     """
 
     operator: str
@@ -43,7 +41,7 @@ def _describe(func: Any, args: tuple[Any, ...]) -> Collective:
     name = func._schema.name.removeprefix("c10d::")
     if name == "alltoall_base_":
         sent: Tensor = args[1]
-        return Collective(name, sent.numel() // (get_world_size() - 1) - HEADER_SIZE, _dtype(sent))
+        return Collective(name, sent.numel() // (get_world_size() - 1) - 1, _dtype(sent))
     tensor = _first_tensor(args)
     return Collective(name, tensor.numel(), _dtype(tensor))
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import ExchangeError, RanksDisagree, SyncBatchNorm, name_layers, population_statistics
-from syncbn.agreement import HEADER_SIZE, Exchange, header_of, read_header
+from syncbn.agreement import TEXT_SIZE, Exchange, digest_of, read_text, text_of
 from syncbn.exchange import gather_over_ranks, peers, sum_over_ranks
 from tests.ranks import run_ranks
 from tests.syncbn.told import Told, batch, told_by, two_layers
@@ -177,14 +177,18 @@ def test_layers_that_were_built_as_such_can_be_named_and_conversion_names_them()
 
 
 @pytest.mark.parametrize("path", ["stem", "", "schicht.ä.层", "x" * 300 + "é" * 100])
-def test_a_header_holds_its_text_and_equals_only_itself(path: str) -> None:
+def test_an_exchange_has_a_text_and_a_number_that_equal_only_its_own(path: str) -> None:
     exchange = Exchange("forward", path, 6, torch.float32)
-    header = header_of(exchange)
-    assert header.shape == (HEADER_SIZE,)
-    assert torch.isfinite(header).all()
-    assert torch.equal(header, header_of(Exchange("forward", path, 6, torch.float32)))
-    text = read_header(header)
-    if len(str(exchange).encode()) <= 8 * HEADER_SIZE:
+    doubles, digest = text_of(exchange), digest_of(exchange)
+    assert doubles.shape == (TEXT_SIZE,)
+    assert torch.isfinite(doubles).all()
+    assert digest.vector.tolist() == [digest.number]
+    assert digest.number.is_integer()
+    again = Exchange("forward", path, 6, torch.float32)
+    assert torch.equal(doubles, text_of(again))
+    assert digest.number == digest_of(again).number
+    text = read_text(doubles)
+    if len(str(exchange).encode()) <= 8 * TEXT_SIZE:
         assert text == str(exchange)
     else:
         assert text.startswith("forward of 'xxx")
@@ -195,11 +199,12 @@ def test_a_header_holds_its_text_and_equals_only_itself(path: str) -> None:
         Exchange("forward", path, 7, torch.float32),
         Exchange("forward", path, 6, torch.float64),
     ):
-        assert not torch.equal(header, header_of(other))
+        assert not torch.equal(doubles, text_of(other))
+        assert digest.number != digest_of(other).number
 
 
-def test_what_is_no_header_is_called_so() -> None:
-    assert "no exchange of a SyncBatchNorm" in read_header(torch.zeros(HEADER_SIZE, dtype=torch.float64))
+def test_what_is_no_text_is_called_so() -> None:
+    assert "no exchange of a SyncBatchNorm" in read_text(torch.zeros(TEXT_SIZE, dtype=torch.float64))
 
 
 def test_an_error_survives_the_way_to_another_process() -> None:
