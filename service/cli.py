@@ -15,6 +15,7 @@ from service import display
 from service.client import Client
 from service.errors import FieldProblem, InvalidRequest, ServiceError
 from service.jobs import JobSpec, JobState
+from service.keys_cli import keys_app
 from service.log import configure_log
 from service.settings import ClientSettings, Settings
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train BatchNorm networks on many workers as if they were one. SYNCBN_URL names the service to talk to.",
 )
+app.add_typer(keys_app, name="keys")
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

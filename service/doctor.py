@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from service.client import Client
 from service.errors import ServiceError
+from service.exposure import exposure_problems
 from service.settings import ClientSettings, Settings
 
 _MIN_FREE_GIB = 1.0
@@ -100,9 +101,9 @@ def _host_name() -> Finding:
 
 
 def _exposure(settings: Settings) -> Finding:
-    ok = settings.loopback or settings.api_token is not None
+    problems = exposure_problems(settings, keys_made=False)  # not looked up: that could upgrade the database
     found = f"listens on {settings.host}" + ("" if settings.api_token is None else ", token needed")
-    return Finding(check="exposure", ok=ok, found=found, remedy="" if ok else "set SYNCBN_API_TOKEN")
+    return Finding(check="exposure", ok=not problems, found=found, remedy="; ".join(problems))
 
 
 def _port_or_service(settings: Settings, client_settings: ClientSettings) -> Finding:

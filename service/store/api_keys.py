@@ -124,8 +124,8 @@ def make_key(connection: Connection, principal: str, life: timedelta | None, now
         expires_at=None if life is None else now + life,
         key=key,
     )
-    row = {"id": made.id, "sha256": _sha256(key), "principal": principal, "created_at": now}
-    connection.execute(insert(api_keys).values(row, expires_at=made.expires_at))
+    row = made.model_dump(include={"id", "principal", "created_at", "expires_at"}) | {"sha256": _sha256(key)}
+    connection.execute(insert(api_keys).values(row))
     return made
 
 
