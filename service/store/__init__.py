@@ -2,7 +2,8 @@
 
 from service.store.glances import Glance
 from service.store.leases import Lease, LeaseLost
+from service.store.retention import Retention, Told
 from service.store.step_arrays import STEP
 from service.store.store import JobStore
 
-__all__ = ["STEP", "Glance", "JobStore", "Lease", "LeaseLost"]
+__all__ = ["STEP", "Glance", "JobStore", "Lease", "LeaseLost", "Retention", "Told"]
