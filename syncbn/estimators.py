@@ -52,9 +52,10 @@ def estimate_for(
     """An estimate that has seen nothing, for a layer of ``num_channels`` with ``momentum``.
 
     Raises:
-        ValueError: for a moving average with a momentum of 0, in which no batch has a weight.
+        ValueError: for a moving average with a momentum of 0, in which no batch has a weight; for an ``estimator`` by
+            another name than one of `Estimator`.
     """
-    match estimator:
+    match Estimator(estimator):
         case Estimator.POOLED:
             return _Pooled(num_channels, device)
         case Estimator.MEAN_OF_BATCHES:

@@ -86,7 +86,8 @@ def apply_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -
     holding the same bits.
 
     Raises:
-        ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
+        ValueError: if ``statistics`` names a layer that the model does not have, that keeps no statistics or has
+            another number of channels; before anything is changed.
     """
     for path, layer in _movable_layers(model, statistics).items():
         for name, value in _as_buffers(layer, statistics[path]).items():
@@ -104,7 +105,8 @@ def using_statistics(model: nn.Module, statistics: Mapping[str, BatchMoments]) -
     the caller's: statistics only matter in evaluation mode.
 
     Raises:
-        ValueError: if ``statistics`` names a layer that the model does not have or that keeps no statistics.
+        ValueError: if ``statistics`` names a layer that the model does not have, that keeps no statistics or has
+            another number of channels; before anything is changed.
     """
     layers = _movable_layers(model, statistics)
     with ExitStack() as stack:
@@ -119,6 +121,12 @@ def _movable_layers(model: nn.Module, statistics: Mapping[str, BatchMoments]) ->
     unknown = sorted(statistics.keys() - layers.keys())
     if unknown:
         raise ValueError(f"no layers with running statistics at {unknown}; the model has {sorted(layers)}")
+    for path, moments in statistics.items():
+        if moments.mean.shape != (layers[path].num_features,):
+            raise ValueError(
+                f"{path or 'the model itself'} has {layers[path].num_features} channels, and its statistics "
+                f"{moments.mean.numel()}; were they taken from another model?"
+            )
     return {path: layers[path] for path in statistics if not is_frozen(layers[path])}
 
 

@@ -348,6 +348,9 @@ def test_applying_to_an_unknown_layer_is_refused_before_anything_is_written() ->
     population = {"first": BatchMoments.empty(3), "frist": BatchMoments.empty(3)}
     with pytest.raises(ValueError, match=r"\['frist'\]; the model has \['first', 'idle', 'last'\]"):
         apply_statistics(model, population)
+    narrow = {"first": BatchMoments.unpack(torch.tensor([2.0] * 7)), "last": BatchMoments.empty(1)}
+    with pytest.raises(ValueError, match="last has 5 channels, and its statistics 1"):
+        apply_statistics(model, narrow)
     assert torch.equal(model.state_dict()["first.running_var"], torch.ones(3))
 
 
