@@ -6,9 +6,9 @@ from typing import Any
 
 from sqlalchemy import Row, insert, select
 
-from service.errors import FieldProblem, InvalidRequest
 from service.jobs import AuditEntry, AuditPage, AuditRecord
 from service.store.api_keys import redacted
+from service.store.cursors import Cursors
 from service.store.engine import Database
 from service.store.schema import audit
 
@@ -19,8 +19,9 @@ _MAX_LENGTH = 500
 class AuditTrail:
     """The trail of one database; each method is one transaction."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+    def __init__(self, database: Database, cursors: Cursors, clock: Callable[[], datetime]) -> None:
         self._database = database
+        self._cursors = cursors
         self._clock = clock
 
     def append(self, entry: AuditEntry) -> None:
@@ -34,25 +35,21 @@ class AuditTrail:
     def page(self, limit: int = 50, cursor: str | None = None, principal: str | None = None) -> AuditPage:
         """Entries, newest first, of everyone or of one principal; ``cursor`` is a former page's ``next_cursor``.
 
-        Raises: InvalidRequest where the cursor is none.
+        Raises: InvalidRequest where the cursor was not made here, or for another principal.
         """
+        filters = {"list": "audit", "principal": principal}
         query = select(audit).order_by(audit.c.seq.desc()).limit(limit + 1)
         if principal is not None:
             query = query.where(audit.c.principal == principal)
         if cursor is not None:
-            query = query.where(audit.c.seq < _parse(cursor))
+            (seq,) = self._cursors.open(cursor, filters)
+            query = query.where(audit.c.seq < seq)
         with self._database.read() as connection:
             found = [_record_of_row(row) for row in connection.execute(query)]
-        more = len(found) > limit
-        return AuditPage(items=tuple(found[:limit]), next_cursor=str(found[limit - 1].seq) if more else None)
+        if len(found) <= limit:
+            return AuditPage(items=tuple(found))
+        return AuditPage(items=tuple(found[:limit]), next_cursor=self._cursors.seal([found[limit - 1].seq], filters))
 
 
 def _record_of_row(row: Row[Any]) -> AuditRecord:
     return AuditRecord(**row._mapping)
-
-
-def _parse(cursor: str) -> int:
-    if not cursor.isascii() or not cursor.isdigit() or len(cursor) > 18:
-        text = "is not a cursor of this service; take next_cursor from a page, or leave it out"
-        raise InvalidRequest([FieldProblem("/cursor", "cursor_invalid", text)])
-    return int(cursor)

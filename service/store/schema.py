@@ -112,6 +112,13 @@ jobs = Table(
     Index("jobs_by_owner", "owner", "created_at", "id"),
 )
 
+cursor_keys = Table(
+    "cursor_keys",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("key", LargeBinary, nullable=False),
+)
+
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,

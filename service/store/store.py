@@ -7,7 +7,7 @@ from types import EllipsisType
 from typing import Self
 
 from pydantic import SecretStr
-from sqlalchemy import literal, select
+from sqlalchemy import Connection, literal, select
 
 from service.errors import Conflict
 from service.jobs import (
@@ -46,11 +46,13 @@ from service.store import (
 )
 from service.store.api_keys import ApiKeys
 from service.store.audit import AuditTrail
+from service.store.cursors import cursors_of
 from service.store.engine import Database
 from service.store.glances import Glance
 from service.store.leases import Lease
 from service.store.postgresql import open_postgresql
 from service.store.principals import Principals
+from service.store.retention import Retention, Told, forget, require_told
 from service.store.sqlite import open_sqlite
 from service.store.step_arrays import Steps
 from service.store.steps import store_array
@@ -64,7 +66,8 @@ def utc_now() -> datetime:
 class JobStore:
     """Jobs and all that is known of them.
 
-    Each method is one transaction. Raises: NotFound for what does not exist, StoreUnavailable when the database
+    Each method is one transaction. Raises: NotFound for what does not exist, Gone for what of an ended job has been
+    forgotten (metrics, logs, and with its events' bodies evaluations and drift), StoreUnavailable when the database
     does not answer (locked, disk full); then nothing has changed.
     """
 
@@ -74,7 +77,8 @@ class JobStore:
         self._parsed: dict[tuple[str, int], JobSpec] = {}
         self.principals = Principals(database, clock)
         self.keys = ApiKeys(database, clock)
-        self.audit = AuditTrail(database, clock)
+        self._cursors = cursors_of(database)
+        self.audit = AuditTrail(database, self._cursors, clock)
 
     @classmethod
     def open(cls, path: Path, *, busy_timeout_s: float = 5.0, clock: Callable[[], datetime] = utc_now) -> Self:
@@ -150,6 +154,7 @@ class JobStore:
         with self._database.read() as connection:
             return pages.job_page(
                 connection,
+                self._cursors,
                 limit,
                 cursor,
                 states,
@@ -272,9 +277,9 @@ class JobStore:
             lambda connection: steering.set_priority(connection, job, priority, self._clock())
         )
 
-    def observed(self, job_id: str) -> None:
-        """Remember that the cluster has just answered about this job."""
-        self._database.transact(lambda connection: jobs.set_observed(connection, job_id, self._clock()))
+    def observed(self, *job_ids: str) -> None:
+        """Remember that the cluster has just answered about these jobs."""
+        self._database.transact(lambda connection: jobs.set_observed(connection, job_ids, self._clock()))
 
     def glances(self, job_ids: Collection[str]) -> dict[str, Glance]:
         """What followers of these jobs need to know, in as few queries as can be; absent for jobs that do not exist."""
@@ -306,6 +311,12 @@ class JobStore:
         """An attempt as far as it has reported."""
         with self._database.read() as connection:
             return attempts.get_attempt(connection, job_id, number)
+
+    def newest_attempts(self, of: Iterable[Job]) -> dict[str, Attempt]:
+        """By job, the attempt that it is in, as far as it has reported; in a few queries for any number of jobs."""
+        wanted = [(job.id, job.attempt) for job in of]
+        with self._database.read() as connection:
+            return attempts.get_attempts(connection, wanted)
 
     def ingest(self, attempt_id: str, token: str, batch: IngestBatch) -> IngestReply:
         """Take in what an attempt tells; see `service.store.ingest.ingest`."""
@@ -344,6 +355,7 @@ class JobStore:
         """The job's log lines after number ``after_seq``."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.LOGS)
             return logs.lines_after(connection, job_id, after_seq, limit)
 
     def append_log(self, job_id: str, attempt: int, rank: int, level: str, text: str) -> None:
@@ -356,20 +368,27 @@ class JobStore:
         """Store what ranks measured, in bulk; of a step that a rank tells twice the later word counts.
 
         ``steps`` is an array of `service.store.STEP` in any order; what it says under ``attempt`` is not looked at.
-        Cost: 1 us a step where a rank has thousands. Raises: Conflict unless the attempt is the job's newest.
+        Cost: 1 us a step where a rank has thousands.
+        Raises: Conflict unless the attempt is the newest of a job that has not ended.
         """
-        with self._database.write() as connection:
-            newest = jobs.get_job(connection, job_id, self._clock(), lock=True).attempt
-            if attempt != newest:
-                raise Conflict(f"{job_id} is in attempt {newest}; attempt {attempt} can tell nothing more")
-            told = steps.copy()
-            told["attempt"] = attempt
+        told = steps.copy()
+        told["attempt"] = attempt
+
+        def record(connection: Connection) -> None:
+            job = jobs.get_job(connection, job_id, self._clock(), lock=True)
+            if attempt != job.attempt or job.state.terminal:
+                raise Conflict(
+                    f"{job_id} is {job.state} in attempt {job.attempt}; attempt {attempt} tells nothing more"
+                )
             store_array(connection, job_id, told)
+
+        self._database.transact(record)
 
     def metric_names(self, job_id: str) -> list[str]:
         """The metrics that the job has points of."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.METRICS)
             return series.metric_names(connection, job_id)
 
     def metric(
@@ -389,6 +408,7 @@ class JobStore:
         """
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.METRICS)
             return series.metric_series(connection, job_id, name, rank, first_step, last_step, max_points)
 
     def training_loss(self, job_id: str, max_points: int = 100_000) -> MetricSeries:
@@ -398,12 +418,14 @@ class JobStore:
         """
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.METRICS)
             return series.whole_loss(connection, job_id, max_points)
 
     def start_of(self, job_id: str) -> RankStarted | None:
         """What a rank of the newest attempt said when it was ready to train; None before any was."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.EVENTS)
             return checkups.start_of(connection, job_id)
 
     def checkpoints(self, job_id: str) -> list[CheckpointSaved]:
@@ -416,10 +438,21 @@ class JobStore:
         """Evaluations in order of steps; of a repeated step the latest attempt's."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.EVENTS)
             return checkups.evaluations_of(connection, job_id)
 
     def drift(self, job_id: str) -> list[Drift]:
         """Drift measurements in order of steps; of a repeated step the latest attempt's."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.EVENTS)
             return checkups.drift_of(connection, job_id)
+
+    # What is no longer kept
+
+    def forget(self, policy: Retention) -> dict[Told, int]:
+        """Forget what ended jobs told longer ago than the policy keeps it; of how many jobs, each.
+
+        Not one transaction but many short ones; see `service.store.retention`.
+        """
+        return forget(self._database, policy, self._clock())

@@ -1,4 +1,5 @@
 import base64
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -62,7 +63,34 @@ def test_pages_are_filtered_by_state_and_name(store: JobStore, clock: Clock) -> 
     assert _all_pages(store, 2, name="ev") == []
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "é", base64.urlsafe_b64encode(b"tomorrow job_1").decode()])
+def _refusal(store: JobStore, cursor: str, **filters: Any) -> str:
+    with pytest.raises(InvalidRequest, match="/cursor") as refused:
+        store.list_jobs(2, cursor, **filters)
+    return refused.value.problems[0].code
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "é", "=", base64.urlsafe_b64encode(b"tomorrow job_1" * 3).decode()])
 def test_a_cursor_that_was_not_made_here_is_refused(store: JobStore, cursor: str) -> None:
-    with pytest.raises(InvalidRequest, match="/cursor"):
-        store.list_jobs(2, cursor)
+    assert _refusal(store, cursor) == "cursor_invalid"
+
+
+def test_a_cursor_belongs_to_the_filters_it_was_made_with(store: JobStore, clock: Clock) -> None:
+    for _ in range(4):
+        clock.advance(1)
+        store.create(spec("same"))
+    cursor = store.list_jobs(2, name="same").next_cursor
+    assert cursor is not None
+    assert len(store.list_jobs(1, cursor, name="same").items) == 1  # another length of page is the same list
+    assert _refusal(store, cursor) == "cursor_of_other_filters"
+    assert _refusal(store, cursor, name="same", owner="anonymous") == "cursor_of_other_filters"
+
+
+def test_a_changed_cursor_is_refused_wherever_it_was_changed(store: JobStore) -> None:
+    for _ in range(3):
+        store.create(spec())
+    cursor = store.list_jobs(2).next_cursor
+    assert cursor is not None
+    raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+    for place in range(len(raw)):
+        changed = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+        assert _refusal(store, base64.urlsafe_b64encode(changed).decode()) == "cursor_invalid"
