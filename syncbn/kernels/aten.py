@@ -10,6 +10,8 @@ from syncbn.moments import BatchMoments
 
 _SMALL = 1 << 16  # values; below it, doubling a tensor's width costs less than a look at its layout
 _BLOCK = 1 << 18  # values; a megabyte of float32 stays in cache between two passes
+_FLOAT32_SUM = 1 << 11  # values of a channel that are summed in float32
+_NEAR = 2.0  # standard deviations
 _DEVICE_BLOCK = 1 << 24  # values; 64 MiB of float32, enough to keep a device busy
 
 
@@ -139,8 +141,34 @@ def _mean_and_var(input: Tensor) -> tuple[Tensor, Tensor]:
         return deviation_moments(input)
     channels_last = input.movedim(1, -1)
     if channels_last.is_contiguous():
-        return _column_moments(channels_last.view(-1, input.size(1)))
-    return _row_moments(input.contiguous().view(input.size(0), input.size(1), -1))
+        columns = channels_last.view(-1, input.size(1))
+        return _near_moments(columns) or _column_moments(columns)
+    rows = input.contiguous().view(input.size(0), input.size(1), -1)
+    if input.dtype == torch.float32:  # where sums along rows are faster than the operator, and exact
+        return _row_moments(rows)
+    return _near_moments(rows) or _row_moments(rows)
+
+
+def _near_moments(values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance of ``(M, C)`` or ``(N, C, S)`` by torch's operator; None if a mean is far from zero.
+
+    The operator is fast, but sums in float32. So it is given so few values at a time that their sums are good to
+    about 1e-6, which are then merged in float64; and its means are not used where, beyond some standard deviations,
+    they lose the digits that the deviations need.
+    """
+    positions = values.numel() // (values.size(0) * values.size(1))
+    blocks = torch.split(values, max(1, _FLOAT32_SUM // positions))
+    # Buffers of float32 are how the operator is told to answer in it; with a momentum of 0 they stay as they are.
+    running = None if values.dtype == torch.float32 else values.new_zeros(values.size(1), dtype=torch.float32)
+    means, variances = zip(*(torch.batch_norm_update_stats(x, running, running, 0.0) for x in blocks), strict=True)
+    mean, var = means[0].double(), variances[0].double()
+    if len(blocks) > 1:
+        shares = torch.tensor([[len(block) / len(values)] for block in blocks], dtype=torch.float64)
+        block_means = torch.stack(means).double()
+        mean = (block_means * shares).sum(0)
+        within, between = torch.stack(variances), (block_means - mean).square_()
+        var = (between.add_(within) * shares).sum(0)
+    return None if bool((mean.square() > var * _NEAR**2).any()) else (mean, var)
 
 
 def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
