@@ -1,7 +1,7 @@
 """The service's log: every line, ours or a library's, in one shape with the ids of what it is about.
 
 Lines of a request carry ``request``, lines about a job ``job`` and ``attempt``. Secrets never get here: tokens are
-``SecretStr`` and headers are not logged.
+``SecretStr``, headers are not logged, and tracebacks tell no local variables.
 """
 
 import logging
@@ -21,9 +21,11 @@ def configure_log(*, as_json: bool) -> None:
     """Send all logging of this process to stderr, as one JSON object a line or as text for people."""
     finish: list[structlog.types.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_json:
-        finish += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        finish += [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
     else:
-        finish += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        plain = structlog.dev.plain_traceback
+        finish += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=finish, foreign_pre_chain=_SHARED))
     root = logging.getLogger()

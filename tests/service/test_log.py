@@ -13,8 +13,10 @@ structlog.contextvars.bind_contextvars(request="abc")
 structlog.get_logger("scheduler").info("job is now", job="job_1", attempt=2)
 logging.getLogger("uvicorn.error").warning("a library's %s", "word")
 logging.getLogger("httpx2").info("not for us")
-try:
+def fail(token):
     1 / 0
+try:
+    fail("what nobody shall read")
 except ZeroDivisionError:
     structlog.get_logger("api").exception("a request failed")
 """
@@ -41,6 +43,13 @@ def test_every_json_line_is_one_object_with_the_ids_of_what_it_is_about() -> Non
     }
     assert (theirs["event"], theirs["level"], theirs["request"]) == ("a library's word", "warning", "abc")
     assert failed["exception"][0]["exc_type"] == "ZeroDivisionError"
+
+
+def test_a_traceback_tells_where_but_not_what_was_in_the_variables() -> None:
+    for kind in ("json", "text"):
+        text = "\n".join(_lines(kind))
+        assert "fail" in text
+        assert "nobody" not in text
 
 
 def test_text_for_people_names_the_same() -> None:
