@@ -206,6 +206,8 @@ class JobSpec(SpecPart):
     @classmethod
     def _all_errors_at_once(cls, value: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
         """Judge the combinations too when single fields are wrong, on what is right of the rest."""
+        if isinstance(value, cls):
+            return value
         spec: Self | None
         try:
             spec, field_errors = build(value), None

@@ -10,7 +10,7 @@ import structlog
 from pydantic import HttpUrl
 
 from service.errors import ClusterUnreachable, Conflict, FieldProblem, StoreUnavailable
-from service.jobs import RUNNER, Job, JobSpec, JobState, LaunchRequest, Reason, attempt_id
+from service.jobs import RUNNER, Attempt, Job, JobSpec, JobState, LaunchRequest, Reason, attempt_id
 from service.scheduler.admission import Admission, QuotaOf, Waiting, admit, unlimited
 from service.scheduler.decide import Decision, Evidence, decide, passed_deadline, within_budget
 from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
@@ -107,10 +107,14 @@ class Scheduler:
         jobs = self._store.unfinished()
         active = [job for job in jobs if job.state.active]
         self._forget_all_but(active)
+        # Observed before the attempts are read: a last word is stored before the cluster sees the process leave.
+        observations = self._observe(active)
+        attempts = self._store.newest_attempts(active)
         for job in active:
             if not self._leadership.hold():
                 return False
-            self._follow(job, [other for other in active if other.id != job.id])
+            evidence = self._evidence(job, attempts[job.id], observations.get(job.id))
+            self._follow(job, evidence, active)
         started = self._admit_queued(jobs, active)
         at_work = [job for job in jobs if job.state is not JobState.PAUSED]
         return not at_work or started or any(job.state in _MOVING for job in jobs)
@@ -177,12 +181,9 @@ class Scheduler:
 
     # Active jobs
 
-    def _follow(self, job: Job, others: Sequence[Job]) -> None:
-        # Observed before the attempt is read: a last word is stored before the cluster sees the process leave.
-        observation = self._observe(job)
-        attempt = self._store.attempt(job.id, job.attempt)
+    def _evidence(self, job: Job, attempt: Attempt, observation: Observation | None) -> Evidence:
         now = datetime.now(UTC)
-        evidence = Evidence(
+        return Evidence(
             attempt=attempt,
             observation=observation,
             now=now,
@@ -190,11 +191,13 @@ class Scheduler:
             last_step_at=self._stepping.since(attempt, now),
             resumable_step=self._resumable_step(job) if job.state is JobState.PAUSING else None,
         )
+
+    def _follow(self, job: Job, evidence: Evidence, active: Sequence[Job]) -> None:
         decision = decide(job, evidence)
         if decision.to is JobState.RECOVERING:
             decision = within_budget(job, decision, self._store.count_recoveries(job.id))
         if decision.start:
-            decision = self._unless_room_is_gone(job, others, decision)
+            decision = self._unless_room_is_gone(job, active, decision)
         try:
             self._carry_out(job, decision)
         except ClusterUnreachable as error:
@@ -205,24 +208,29 @@ class Scheduler:
             return saved[-1].step
         return 0 if job.progress is None or job.progress.step == 0 else None
 
-    def _unless_room_is_gone(self, job: Job, others: Sequence[Job], decision: Decision) -> Decision:
+    def _unless_room_is_gone(self, job: Job, active: Sequence[Job], decision: Decision) -> Decision:
         """Back into the queue where the cluster has shrunk: there it waits in its own place, and says why."""
+        others = [other for other in active if other.id != job.id]
         if self._capacity is None or has_room(job, others, self._capacity):
             return decision
         detail = f"the cluster has shrunk: its {job.spec.num_workers} workers no longer fit beside the other jobs"
         return Decision(JobState.QUEUED, Reason.CLUSTER_FULL, detail)
 
-    def _observe(self, job: Job) -> Observation | None:
-        name = attempt_id(job.id, job.attempt)
-        if time.monotonic() - self._observed_at.get(name, float("-inf")) < self._observe_every_s:
-            return None
-        self._observed_at[name] = time.monotonic()
-        try:
-            observation = self._launcher.observe(name)
-        except ClusterUnreachable:
-            return None  # the job shows it by its growing observed_at and heartbeat ages
-        self._store.observed(job.id)
-        return observation
+    def _observe(self, active: Sequence[Job]) -> dict[str, Observation]:
+        """What the cluster says of those jobs that it has not been asked about for a while."""
+        observations: dict[str, Observation] = {}
+        for job in active:
+            name = attempt_id(job.id, job.attempt)
+            if time.monotonic() - self._observed_at.get(name, float("-inf")) < self._observe_every_s:
+                continue
+            self._observed_at[name] = time.monotonic()
+            try:
+                observations[job.id] = self._launcher.observe(name)
+            except ClusterUnreachable:
+                break  # the jobs show it by their growing observed_at and heartbeat ages
+        if observations:
+            self._store.observed(*observations)
+        return observations
 
     def _forget_all_but(self, active: Sequence[Job]) -> None:
         names = {attempt_id(job.id, job.attempt) for job in active}

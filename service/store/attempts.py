@@ -3,15 +3,19 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, case, func, insert, select, tuple_
 
 from service.errors import NotFound, Unauthorized
 from service.jobs import Attempt, AttemptEnded, Job, JobState, Phase, job_of_attempt
 from service.store.jobs import change_state
 from service.store.leases import Lease
 from service.store.schema import attempts, ranks
+
+_PAIRS_AT_ONCE = 500
+"""A statement takes a bounded number of values on every database."""
 
 
 def start_attempt(connection: Connection, job: Job, now: datetime, lease: Lease | None = None) -> tuple[Job, str]:
@@ -55,22 +59,42 @@ def authorize(connection: Connection, attempt_id: str, token: str) -> tuple[str,
 
 def get_attempt(connection: Connection, job_id: str, number: int) -> Attempt:
     """The attempt as far as it has reported. Raises NotFound."""
-    chosen = (attempts.c.job_id == job_id, attempts.c.number == number)
-    row = connection.execute(select(attempts).where(*chosen)).one_or_none()
-    if row is None:
+    found = get_attempts(connection, [(job_id, number)])
+    if job_id not in found:
         raise NotFound(f"there is no attempt {number} of job {job_id}")
-    of_attempt = (ranks.c.job_id == job_id, ranks.c.attempt == number)
-    last_step = connection.execute(select(func.max(ranks.c.last_step)).where(*of_attempt)).scalar()
-    num_started = connection.execute(select(func.count()).where(*of_attempt, ranks.c.started)).scalar_one()
-    return Attempt(
-        job_id=job_id,
-        number=number,
-        created_at=row.created_at,
-        heartbeat_at=row.heartbeat_at,
-        num_ranks_started=num_started,
-        last_step=last_step or 0,
-        ended=None if row.ended is None else AttemptEnded.model_validate_json(row.ended),
+    return found[job_id]
+
+
+def get_attempts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> dict[str, Attempt]:
+    """By job, the attempt of that number as far as it has reported; one that does not exist is absent."""
+    found: dict[str, Attempt] = {}
+    for start in range(0, len(wanted), _PAIRS_AT_ONCE):
+        pairs = wanted[start : start + _PAIRS_AT_ONCE]
+        reached = _reached(connection, pairs)
+        chosen = select(attempts).where(tuple_(attempts.c.job_id, attempts.c.number).in_(pairs))
+        for row in connection.execute(chosen):
+            num_started, last_step = reached.get(row.job_id, (0, 0))
+            found[row.job_id] = Attempt(
+                job_id=row.job_id,
+                number=row.number,
+                created_at=row.created_at,
+                heartbeat_at=row.heartbeat_at,
+                num_ranks_started=num_started,
+                last_step=last_step,
+                ended=None if row.ended is None else AttemptEnded.model_validate_json(row.ended),
+            )
+    return found
+
+
+def _reached(connection: Connection, pairs: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """By job: how many ranks have started, and the last step of any."""
+    num_started = func.sum(case((ranks.c.started, 1), else_=0))
+    query = (
+        select(ranks.c.job_id, num_started, func.max(ranks.c.last_step))
+        .where(tuple_(ranks.c.job_id, ranks.c.attempt).in_(pairs))
+        .group_by(ranks.c.job_id)
     )
+    return {job_id: (started, last_step) for job_id, started, last_step in connection.execute(query)}
 
 
 def _sha256(token: str) -> str:

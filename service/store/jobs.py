@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, bindparam, func, select, update
 
 from service.errors import Conflict, NotFound
 from service.jobs import TRANSITIONS, Job, JobSpec, JobState, Phase, Progress, Reason, ReasonClass
@@ -218,6 +218,8 @@ def count_recoveries(connection: Connection, job_id: str) -> dict[ReasonClass, i
     return counts
 
 
-def set_observed(connection: Connection, job_id: str, now: datetime) -> None:
-    """Remember that the cluster has answered about the job."""
-    connection.execute(update(jobs).where(jobs.c.id == job_id).values(observed_at=now))
+def set_observed(connection: Connection, job_ids: Collection[str], now: datetime) -> None:
+    """Remember that the cluster has answered about these jobs, which are locked in the order of their ids."""
+    observed = update(jobs).where(jobs.c.id == bindparam("of_job")).values(observed_at=now)
+    if job_ids:
+        connection.execute(observed, [{"of_job": job_id} for job_id in sorted(job_ids)])
