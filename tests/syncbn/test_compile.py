@@ -1,7 +1,9 @@
 """Compiled whole, the layer gives the outputs, gradients and buffers of one process, and still talks once each way."""
 
+import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm
 from tests.ranks import run_ranks
@@ -18,10 +21,14 @@ from tests.ranks import run_ranks
 F64 = torch.float64
 
 
-def _batches(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+Sizes = tuple[tuple[int, ...], ...]
+"""How many rows each rank has, by step."""
+
+
+def _batches(sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(8)
-    shape = (2, 2, sum(sizes), 4, 3)
-    return [(x * 3 + 1, dy) for x, dy in torch.randn(shape, generator=generator, dtype=F64)]
+    pairs = [torch.randn(2, sum(step), 4, 3, generator=generator, dtype=F64) for step in sizes]
+    return [(x * 3 + 1, dy) for x, dy in pairs]
 
 
 def _train(forward: Callable[[Tensor], Tensor], layer: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[Any]:
@@ -42,20 +49,23 @@ def _compile(layer: nn.Module, backend: str) -> Callable[..., Tensor]:
     return compiled
 
 
-def _train_compiled(sizes: tuple[int, ...], momentum: float | None, backend: str) -> list[Any]:
+def _train_compiled(sizes: Sizes, momentum: float | None, backend: str) -> list[Any]:
     torch._inductor.config.compile_threads = 1  # no processes of its own
     torch._inductor.config.cpp_cache_precompile_headers = False  # nor files outside its cache folder
     layer = SyncBatchNorm(4, momentum=momentum, dtype=F64)
     compiled = _compile(layer, backend)
     rank = dist.get_rank()
-    parts = [[torch.split(part, list(sizes))[rank] for part in batch] for batch in _batches(sizes)]
-    return _train(compiled, layer, [(x, dy) for x, dy in parts])
+    shards = [
+        (torch.split(x, list(step))[rank], torch.split(dy, list(step))[rank])
+        for step, (x, dy) in zip(sizes, _batches(sizes), strict=True)
+    ]
+    return _train(compiled, layer, shards)
 
 
-def _check(sizes: tuple[int, ...], momentum: float | None, backend: str) -> None:
+def _check(sizes: Sizes, momentum: float | None, backend: str) -> None:
     layer = nn.BatchNorm1d(4, momentum=momentum, dtype=F64)
     steps, grads, buffers = _train(layer, layer, _batches(sizes))
-    ranks = run_ranks(len(sizes), _train_compiled, sizes, momentum, backend, timeout_s=110.0)
+    ranks = run_ranks(len(sizes[0]), _train_compiled, sizes, momentum, backend, timeout_s=110.0)
     for place, expected in enumerate(steps):
         joined = torch.cat([rank[0][place] for rank in ranks])
         torch.testing.assert_close(joined, expected, rtol=1e-10, atol=1e-10)
@@ -67,15 +77,25 @@ def _check(sizes: tuple[int, ...], momentum: float | None, backend: str) -> None
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("sizes", [(4,), (4, 3), (3, 0)], ids=["1", "2", "2-empty"])
-def test_a_layer_compiled_whole_trains_as_one_process(sizes: tuple[int, ...], momentum: float | None) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "momentum"),
+    [
+        (((4,), (6,)), 0.1),
+        (((4,), (6,)), None),
+        (((4, 3), (2, 5), (3, 0), (1, 6), (0, 2)), 0.1),
+        (((3, 0, 2), (0, 4, 1)), None),
+        (((1, 2, 0, 3),), 0.1),
+    ],
+    ids=["1", "1-cumulative", "2", "3-cumulative", "4"],
+)
+def test_a_layer_compiled_whole_trains_as_one_process(sizes: Sizes, momentum: float | None) -> None:
+    """Sizes change between steps, also to none and one."""
     _check(sizes, momentum, "aot_eager")
 
 
 @pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler, and there is no g++")
 def test_inductor_trains_two_ranks_as_one_process() -> None:
-    _check((4, 3), 0.1, "inductor")
+    _check(((4, 3), (4, 3)), 0.1, "inductor")
 
 
 def _num_collectives() -> int:
@@ -113,6 +133,67 @@ def _collectives_and_masks() -> tuple[int, int]:
 
 def test_a_compiled_step_exchanges_once_each_way() -> None:
     assert run_ranks(2, _collectives_and_masks) == [(1, 1)] * 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a compiled step meets."""
+
+    shape: tuple[int, ...]
+    memory_format: torch.memory_format = torch.contiguous_format
+    autocast: torch.dtype | None = None
+
+
+SETTINGS = [
+    Setting((3, 4), autocast=torch.float16),
+    Setting((3, 4, 5, 6), torch.channels_last, autocast=torch.bfloat16),
+    Setting((2, 4, 3, 2, 5), torch.channels_last_3d),
+]
+
+
+def test_autocast_and_memory_formats_compile_to_what_eager_mode_does() -> None:
+    assert all(run_ranks(2, _step_in_settings))
+
+
+def _step_in_settings() -> bool:
+    for setting in SETTINGS:
+        model = nn.Sequential(nn.Linear(setting.shape[-1], setting.shape[-1]), SyncBatchNorm(4))
+        if len(setting.shape) == 2:
+            model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4))
+        expected = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        x = torch.randn(setting.shape, generator=generator).contiguous(memory_format=setting.memory_format)
+        with torch.autocast("cpu", setting.autocast, enabled=setting.autocast is not None):
+            outputs = [_compile(model, "aot_eager")(x), expected(x)]
+        tolerance = 1e-5 if setting.autocast is None else 4 * torch.finfo(setting.autocast).eps
+        torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
+        assert outputs[0].stride() == outputs[1].stride()
+        for output in outputs:
+            torch.autograd.backward(output.float().pow(3).sum())
+        tensors = [[*(p.grad for p in m.parameters()), *m.buffers()] for m in (model, expected)]
+        for actual, wanted in zip(*tensors, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=30 * tolerance)
+    return True
+
+
+def test_a_compiled_layer_that_is_checkpointed_counts_once() -> None:
+    for num_batches, mean, grad, expected in run_ranks(2, _checkpoint_compiled):
+        assert num_batches == 2
+        for actual, wanted in zip((mean, grad), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+def _checkpoint_compiled() -> tuple[int, Tensor, Tensor | None, tuple[Tensor, Tensor | None]]:
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=F64).requires_grad_()
+    layer, eager = SyncBatchNorm(4, dtype=F64), SyncBatchNorm(4, dtype=F64)
+    compiled = _compile(layer, "aot_eager")
+    results = []
+    for forward, module in ((compiled, layer), (eager, eager)):
+        for use_reentrant in (False, True):
+            x.grad = None
+            torch.autograd.backward(checkpoint(forward, x, use_reentrant=use_reentrant).pow(3).sum())
+        results.append((module.get_buffer("running_mean"), x.grad))
+    return int(layer.get_buffer("num_batches_tracked")), *results[0], results[1]
 
 
 def _train_on_one_value() -> str:
