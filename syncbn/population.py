@@ -63,6 +63,8 @@ def population_statistics(
         (another than the pooled estimator: ``2C + 4``), all in one vector, when this rank's batches are used up.
         All ranks must call, also those without any batch.
     Raises: ValueError from torch, for a batch with a single value per channel; ValueError for a layer still lazy.
+        RanksDisagree if ranks want different estimates or their layers differ in size, RanksMissing if one does not
+        come, as after an error in its batches; see `ExchangeError`.
     """
     layers = tracked_layers(model)
     record = _Record(layers, estimator)
@@ -135,6 +137,7 @@ class _Record:
 
     def __init__(self, layers: Mapping[str, _BatchNorm], estimator: Estimator) -> None:
         self._layers = layers
+        self._estimator = estimator
         self._estimates: dict[str, Estimate] = {
             path: estimate_for(estimator, layer.num_features, layer.momentum, _device(layer))
             for path, layer in layers.items()
@@ -164,7 +167,7 @@ class _Record:
             return {path: self._estimates[path].result() for path in self._order}
         slots = [torch.cat([self._estimates[path].pack(), self._place(path)]) for path in self._layers]
         vector = torch.cat(slots)
-        exchange = Exchange("population statistics", num_values=vector.numel())
+        exchange = Exchange(f"{self._estimator} population statistics", num_values=vector.numel())
         total = sum_over_ranks(vector, process_group, exchange)
         parts = dict(zip(self._layers, torch.split(total, [slot.numel() for slot in slots]), strict=True))
         places = {path: (part[-2] / part[-1]).item() for path, part in parts.items() if part[-1] > 0}

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn import (
     BatchMoments,
     Estimator,
+    RanksDisagree,
     SyncBatchNorm,
     apply_statistics,
     convert_sync_batchnorm,
@@ -253,6 +254,19 @@ def _estimate_of_rank(estimator: Estimator, momentum: float | None) -> tuple[Ten
     with CollectiveLog() as log:
         population = population_statistics(model, _images()[rank::2] if rank < 2 else [], estimator=estimator)
     return population["0"].pack(), len(log.collectives)
+
+
+def test_ranks_that_want_different_estimates_are_told_so() -> None:
+    for message in run_ranks(2, _estimate_differently):
+        assert "rank 0 is at the mean_of_batches population statistics" in message
+        assert "rank 1 is at the moving_average population statistics" in message
+
+
+def _estimate_differently() -> str:
+    estimator = (Estimator.MEAN_OF_BATCHES, Estimator.MOVING_AVERAGE)[dist.get_rank()]
+    with pytest.raises(RanksDisagree) as error:
+        population_statistics(SyncBatchNorm(NUM_CHANNELS), _images(), estimator=estimator)
+    return str(error.value)
 
 
 def test_the_moving_average_is_what_training_tracks_less_its_starting_value() -> None:
