@@ -14,6 +14,7 @@ import unittest
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,7 +42,62 @@ LEFT_OUT = {
     "test_SyncBatchNorm_process_group": "takes its model from torchvision",
     "test_ddp_sync_bn_training_vs_eval": "is skipped by torch itself, and looks for an all_gather, which ours has not",
 }
-"""Why the others do not run."""
+"""Why the others do not run; `test_public_suites` has what they check."""
+
+
+def check_inputs_of_torchs_module_tests() -> list[str]:
+    """Whatever torch's tests of modules feed BatchNorm1d to 3d with, in halves on two ranks and whole to torch's.
+
+    From ``torch.testing._internal.common_modules``. Raises AssertionError where ranks and torch differ by more than
+    1e-10, or where torch refuses and ours does not. Returns what was checked.
+    """
+    checked: list[str] = []
+    for info in _batchnorm_modules():
+        for training in (True, False):
+            torch.manual_seed(1234)  # the same inputs on all ranks
+            settings = {"device": "cpu", "dtype": torch.float64, "requires_grad": False, "training": training}
+            for given in info.module_inputs_func(info, **settings):
+                _check_input(info.module_cls, given, training)
+                checked.append(f"{info.name} {given.desc or 'plain'} {'training' if training else 'evaluation'}")
+        for refused in info.module_error_inputs_func(info, **settings | {"training": True}):
+            _check_refusal(refused)
+            checked.append(f"{info.name} {refused.error_regex}")
+    return checked
+
+
+def _batchnorm_modules() -> list[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_modules import module_db
+    return [info for info in module_db if info.module_cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
+
+
+def _check_input(kind: type[nn.Module], given: Any, training: bool) -> None:
+    build, (whole, *_) = given.constructor_input, given.forward_input.args
+    theirs = kind(*build.args, **build.kwargs).double().train(training)
+    ours = SyncBatchNorm(*build.args, **build.kwargs).double().train(training)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    rows = torch.tensor_split(torch.arange(len(whole)), 2)[dist.get_rank()]
+    by_batch = training or theirs.running_mean is None
+    if by_batch and not training:  # then without statistics of its own, and each rank by its own batch
+        whole, rows = whole[rows], torch.arange(len(rows))
+    part = whole[rows].requires_grad_()
+    whole = whole.clone().requires_grad_()
+    expected, output = theirs(whole), ours(part)
+    torch.autograd.backward(expected.cos().sum())
+    torch.autograd.backward(output.cos().sum())
+    assert whole.grad is not None
+    torch.testing.assert_close(output, expected[rows], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(part.grad, whole.grad[rows], rtol=1e-10, atol=1e-10)
+    for name, buffer in theirs.named_buffers() if len(whole) else ():  # of nothing, torch's counts a batch
+        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-10, atol=1e-10)
+
+
+def _check_refusal(refused: Any) -> None:
+    build, forward = refused.module_error_input.constructor_input, refused.module_error_input.forward_input
+    layer = SyncBatchNorm(*build.args, **build.kwargs).double()
+    with pytest.raises(refused.error_type, match=refused.error_regex):
+        layer(*forward.args)
 
 
 class OnCpu(TorchFunctionMode):
