@@ -74,23 +74,28 @@ def _state(model: nn.Module) -> list[tuple[str, Any]]:
     return list(model.state_dict().items())
 
 
-@pytest.mark.parametrize("unit", ["model", "blocks", "layers"])
-def test_steps_with_sharded_parameters_are_steps_of_one_process(unit: str) -> None:
+@pytest.mark.parametrize(
+    ("unit", "sizes"),
+    [("model", (5, 3)), ("blocks", (5, 3)), ("layers", (5, 3)), ("blocks", (8,)), ("layers", (4, 0, 3, 1))],
+    ids=["model", "blocks", "layers", "alone", "empty"],
+)
+def test_steps_with_sharded_parameters_are_steps_of_one_process(unit: str, sizes: tuple[int, ...]) -> None:
     reference = _model().double()
     losses = _train(reference, _batches(), 1 / sum(SIZES))
-    results = run_ranks(2, _train_sharded, unit)
+    results = run_ranks(len(sizes), _train_sharded, unit, list(sizes))
     for state, _, disagreement in results:
         for name, value in reference.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10, msg=name)
         assert set(disagreement.values()) == {0.0}
-    torch.testing.assert_close([sum(pair) / 2 for pair in zip(*(r[1] for r in results), strict=True)], losses)
+    means = [sum(shares) / len(sizes) for shares in zip(*(result[1] for result in results), strict=True)]
+    torch.testing.assert_close(means, losses)
 
 
-def _train_sharded(unit: str) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
+def _train_sharded(unit: str, sizes: list[int]) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
     rank = dist.get_rank()
-    shards = [(torch.split(x, SIZES)[rank], torch.split(y, SIZES)[rank]) for x, y in _batches()]
+    shards = [(torch.split(x, sizes)[rank], torch.split(y, sizes)[rank]) for x, y in _batches()]
     model = _shard(convert_sync_batchnorm(_model().double()), unit)  # type: ignore[arg-type]
-    losses = _train(model, shards, 2 / sum(SIZES))  # gradients are averaged over ranks
+    losses = _train(model, shards, len(sizes) / sum(sizes))  # gradients are averaged over ranks
     return _full(model), losses, rank_disagreement(model)
 
 
@@ -119,9 +124,8 @@ def _train_half(unit: str) -> tuple[dict[str, Tensor], list[float], dict[str, fl
     shards = [(torch.split(x, SIZES)[rank].float(), torch.split(y, SIZES)[rank]) for x, y in _batches()]
     model = _shard(convert_sync_batchnorm(_model()), unit, mp_policy=HALF)  # type: ignore[arg-type]
     losses = _train(model, shards, 2 / sum(SIZES))
-    if unit == "layers":  # else weights are half, which torch's evaluation does not take beside float32 statistics
-        with torch.no_grad():
-            assert model.eval()(shards[0][0]).dtype == torch.bfloat16
+    with torch.no_grad():  # half weights beside float32 statistics, which torch's own layer refuses
+        assert model.eval()(shards[0][0]).dtype == torch.bfloat16
     return _full(model), losses, rank_disagreement(model)
 
 
