@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -12,9 +13,11 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, select
 
 from service.errors import StoreUnavailable
-from service.jobs import JobState
+from service.jobs import JobState, Phase
 from service.store import JobStore
 from service.store.engine import MAX_TRIES
+from service.store.jobs import change_state
+from service.store.leases import require_lease
 from service.store.postgresql import MAX_CONNECTIONS
 from service.store.schema import jobs
 from tests.postgresql import PostgresServer
@@ -81,6 +84,49 @@ def test_a_job_that_another_holds_is_waited_for_no_longer_than_the_timeout(
         assert store.get(held.id) == held  # readers wait for nobody
         store.transition(free, JobState.CANCELLED)
     store.transition(held, JobState.CANCELLED)
+
+
+@pytest.fixture
+def patient(postgresql: PostgresServer, database: str) -> Iterator[JobStore]:
+    opened = JobStore.connect(postgresql.url(database), busy_timeout_s=60)
+    yield opened
+    opened.close()
+
+
+def wait_until_blocked(postgresql: PostgresServer, database: str, late: Future[Any]) -> None:
+    """Return once a writer waits for another one's lock; fail where ``late`` did not have to."""
+    waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{database}' AND wait_event_type = 'Lock'"
+    deadline = time.monotonic() + 30
+    while not postgresql.execute(waiting):
+        assert not late.done(), "it did not wait"
+        assert time.monotonic() < deadline
+
+
+def test_nothing_is_said_of_a_job_that_ends_meanwhile(
+    postgresql: PostgresServer, database: str, patient: JobStore
+) -> None:
+    job, _ = patient.create(spec())
+    with ThreadPoolExecutor(1) as pool:
+        with patient._database.write() as connection:
+            change_state(connection, job, JobState.CANCELLED, phase=None, reason=None, detail="", now=job.created_at)
+            late = pool.submit(patient.describe, job.id, phase=Phase.WAITING_CLUSTER)
+            wait_until_blocked(postgresql, database, late)
+        assert late.result(30).phase is None
+    assert len(patient.events(job.id)) == 2
+
+
+def test_a_lease_is_not_taken_over_while_its_holder_writes(
+    postgresql: PostgresServer, database: str, patient: JobStore
+) -> None:
+    lease = patient.acquire_lease("scheduler", "a", 0.0)
+    with ThreadPoolExecutor(1) as pool:
+        with patient._database.write() as connection:
+            require_lease(connection, lease)
+            late = pool.submit(patient.acquire_lease, "scheduler", "b", 10.0)
+            wait_until_blocked(postgresql, database, late)
+        taken = late.result(30)
+    assert taken is not None
+    assert taken.token == 2
 
 
 def test_writers_that_wait_for_each_other_in_a_circle_are_both_done_in_the_end(store: JobStore) -> None:
