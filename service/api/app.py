@@ -10,10 +10,12 @@ from pydantic import SecretStr
 from service.api import (
     api_keys,
     audit,
+    bulk,
     health,
     ingest,
     jobs,
     lifecycle,
+    logs,
     planning,
     principals,
     problems,
@@ -77,7 +79,7 @@ def create_app(
     app.add_middleware(Recording, store=store)
     app.add_middleware(AllowedHosts, allowed=allowed_hosts)
     app.add_middleware(RequestIds)
-    for module in (planning, jobs, lifecycle, retry, telemetry, stream, principals, api_keys, audit):
+    for module in (planning, jobs, bulk, lifecycle, retry, telemetry, logs, stream, principals, api_keys, audit):
         app.include_router(module.router, dependencies=[require_role(Role.READER)])
     app.include_router(ingest.router)
     app.include_router(health.router)

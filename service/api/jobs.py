@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
+from pydantic import AwareDatetime
 
 from service.api.acceptance import REPLAYED, IdempotencyKey, accept
 from service.api.auth import Asker, require_json, require_role, visible_owner
@@ -35,12 +36,26 @@ def list_jobs(
     asker: Asker,
     store: Store,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
+    cursor: Annotated[str | None, Query(max_length=500, description="`next_cursor` of the page before.")] = None,
     state: Annotated[list[JobState] | None, Query(description="Only these states; may be repeated.")] = None,
     name: Annotated[str | None, Query(description="Only jobs of exactly this name.")] = None,
+    owner: Annotated[str | None, Query(description="Only this principal's jobs.")] = None,
+    created_after: Annotated[AwareDatetime | None, Query(description="Only jobs of this time or later.")] = None,
+    created_before: Annotated[AwareDatetime | None, Query(description="Only jobs of before this time.")] = None,
 ) -> JobPage:
     """Jobs, newest first; everyone's for an admin, else the own ones."""
-    return store.list_jobs(limit, cursor, states=state, name=name, owner=visible_owner(asker))
+    visible = visible_owner(asker)
+    if visible is not None and owner not in (None, visible):
+        return JobPage(items=())
+    return store.list_jobs(
+        limit,
+        cursor,
+        states=state,
+        name=name,
+        owner=visible or owner,
+        created_after=created_after,
+        created_before=created_before,
+    )
 
 
 @router.get("/{job_id}", summary="Show a job", responses=answers(400, 401, 404, 503))

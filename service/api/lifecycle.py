@@ -12,6 +12,7 @@ from service.api.steering import DONE, TRIES, Verb, steer
 from service.api.versions import IfMatch, require_match, tell_version
 from service.errors import Conflict, InvalidRequest
 from service.jobs import Job, JobState, Reason, Role
+from service.store import JobStore
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[require_role(Role.SUBMITTER)])
 
@@ -47,12 +48,17 @@ def cancel_job(
     ] = False,
 ) -> Job:
     """End the job. One that waits or is paused is cancelled at once, one that runs when its workers have gone."""
+    return _answer(response, *cancel(store, job_id, checkpoint=checkpoint))
 
-    def cancel(job: Job, to: JobState) -> Job:
+
+def cancel(store: JobStore, job_id: str, *, checkpoint: bool) -> tuple[Job, bool]:
+    """Set the job on its way to be cancelled; whether it was not so before. Raises: NotFound, Conflict."""
+
+    def act(job: Job, to: JobState) -> Job:
         saves = checkpoint and to is JobState.CANCELLING
         return store.transition(job, to, reason=Reason.CANCELLED_BY_USER, stop_saves=saves)
 
-    return _answer(response, *steer(store, job_id, Verb.CANCEL, cancel))
+    return steer(store, job_id, Verb.CANCEL, act)
 
 
 @router.post("/{job_id}:pause", summary="Pause a job", responses=_accepted("Its workers are saving and leaving"))

@@ -1,15 +1,14 @@
-"""What a job has told, over HTTP: metrics, drift, events, logs."""
+"""What a job has told, over HTTP: metrics, drift, events."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter, Query
 
 from service.api.items import MAX_COUNT, After, Items, Limit
-from service.api.parts import ExistingJob, Store
+from service.api.parts import Store
 from service.api.problems import answers
 from service.errors import NotFound
-from service.jobs import Drift, JobEvent, LogRecord, MetricSeries
+from service.jobs import Drift, JobEvent, MetricSeries
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"], responses=answers(400, 401, 404, 422, 503))
 
@@ -61,28 +60,3 @@ def _only(drift: Drift, layer: str) -> tuple[object, ...]:
 def read_events(job_id: str, store: Store, after: After = 0, limit: Limit = 500) -> Items[JobEvent]:
     """What happened to the job, in order. `/stream` tells the same as it happens."""
     return Items[JobEvent](items=tuple(store.events(job_id, after, limit)))
-
-
-@router.get(
-    "/logs",
-    summary="Read logs",
-    response_model=Items[LogRecord],
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-)
-def read_logs(
-    job: ExistingJob,
-    store: Store,
-    after: After = 0,
-    limit: Limit = 500,
-    accept: Annotated[str, Header(include_in_schema=False)] = "",
-) -> Items[LogRecord] | PlainTextResponse:
-    """The job's log lines, in order; as plain text where `Accept` asks for it."""
-    found = store.logs(job.id, after, limit)
-    if accept.partition(";")[0].strip() == "text/plain":
-        return PlainTextResponse("".join(_line(record) for record in found))
-    return Items[LogRecord](items=tuple(found))
-
-
-def _line(record: LogRecord) -> str:
-    who = f"rank {record.rank}" if record.rank >= 0 else "runner"
-    return f"{record.time:%Y-%m-%dT%H:%M:%S.%fZ} attempt {record.attempt} {who} {record.level}: {record.text}\n"

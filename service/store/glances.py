@@ -17,6 +17,7 @@ class Glance:
 
     state: JobState
     num_events: int
+    num_logs: int
     progress_json: str | None
 
     @property
@@ -31,9 +32,10 @@ def glance_at(connection: Connection, ids: Collection[str]) -> dict[str, Glance]
     found: dict[str, Glance] = {}
     for start in range(0, len(wanted), _IDS_AT_ONCE):
         some = wanted[start : start + _IDS_AT_ONCE]
-        query = select(jobs.c.id, jobs.c.state, jobs.c.num_events, jobs.c.progress).where(jobs.c.id.in_(some))
-        for job_id, state, num_events, progress in connection.execute(query):
-            found[job_id] = Glance(JobState(state), num_events, progress)
+        columns = (jobs.c.id, jobs.c.state, jobs.c.num_events, jobs.c.num_logs, jobs.c.progress)
+        query = select(*columns).where(jobs.c.id.in_(some))
+        for job_id, state, num_events, num_logs, progress in connection.execute(query):
+            found[job_id] = Glance(JobState(state), num_events, num_logs, progress)
     return found
 
 
