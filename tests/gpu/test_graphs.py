@@ -41,8 +41,7 @@ def _captured_step(layer: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, T
     return graph, y, grad
 
 
-def _replay(sizes: tuple[int, ...], group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    rank = dist.get_rank()
+def _replay(sizes: tuple[int, ...], rank: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     layer = SyncBatchNorm(4, momentum=None, process_group=group, device="cuda")
     x = torch.zeros(sizes[rank], 4, 5, device="cuda", requires_grad=True)
     graph, y, grad = _captured_step(layer, x)
@@ -57,12 +56,16 @@ def _replay(sizes: tuple[int, ...], group: dist.ProcessGroup | None) -> tuple[Te
 
 
 def _replay_over_nccl(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    return _replay(sizes, _join_nccl())
+    return _replay(sizes, dist.get_rank(), _join_nccl())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: NCCL refuses two ranks on one")
 def test_a_captured_step_replays_with_an_empty_rank() -> None:
     _check(run_ranks(2, _replay_over_nccl, (6, 0)), 6)
+
+
+def test_a_captured_step_of_a_process_alone_replays_with_its_mean_over_all_batches() -> None:
+    _check([_replay((6,), 0, None)], 6)
 
 
 def _check(ranks: list[tuple[Tensor, Tensor, Tensor]], num_rows: int) -> None:

@@ -24,18 +24,19 @@ def _micro_batches() -> list[Tensor]:
 
 
 def _own(batch: Tensor) -> Tensor:
-    """Three quarters to rank 0; the smallest batch leaves rank 1 with nothing."""
-    cut = len(batch) if len(batch) < 4 else 3 * len(batch) // 4
-    return batch[:cut] if dist.get_rank() == 0 else batch[cut:]
+    """Three quarters to rank 0, the rest to the last; the smallest batch leaves that with nothing too."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    cut = len(batch) if len(batch) < 4 or last == 0 else 3 * len(batch) // 4
+    return batch[:cut] if rank == 0 else batch[cut:] if rank == last else batch[:0]
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_micro_batches_are_tracked_as_the_batch_they_make_up(momentum: float | None) -> None:
+@pytest.mark.parametrize(("world_size", "momentum"), [(1, None), (2, 0.1), (2, None), (3, 0.1), (4, None)])
+def test_micro_batches_are_tracked_as_the_batch_they_make_up(world_size: int, momentum: float | None) -> None:
     layer = nn.BatchNorm1d(4, momentum=momentum, dtype=F64)
     for _ in range(2):
         layer(torch.cat(_micro_batches()))
-    for buffers, num_collectives in run_ranks(2, _accumulate, momentum):
-        assert num_collectives == 2 * len(SIZES)
+    for buffers, num_collectives in run_ranks(world_size, _accumulate, momentum):
+        assert num_collectives == (2 * len(SIZES) if world_size > 1 else 0)
         for actual, expected in zip(buffers, layer.buffers(), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 

@@ -1,6 +1,7 @@
 """The layer on real ranks: the same as one process with the joined batch, and never more talk than promised."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def _backward_to_parameters_alone() -> tuple[list[Collective], Tensor | None]:
     return log.collectives, layer.bias.grad
 
 
+def test_any_choice_of_what_needs_a_gradient_gets_that_of_one_process() -> None:
+    ranks = run_ranks(2, _train_every_choice)
+    x = torch.cat([_choice_input(rank) for rank in range(2)]).double().requires_grad_()
+    layer = nn.BatchNorm1d(4, dtype=F64)
+    layer(x).pow(3).sum().backward()
+    for choice in ranks[0]:
+        for place, leaf in enumerate((x, layer.weight, layer.bias)):
+            grads = [grad for rank in ranks if (grad := rank[choice][place]) is not None]
+            assert len(grads) == (2 if choice[place] else 0)
+            if grads:
+                joined = torch.cat(grads) if place == 0 else torch.stack(grads).sum(0)
+                torch.testing.assert_close(joined.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def _choice_input(rank: int) -> Tensor:
+    return torch.randn(3 - rank, 4, generator=torch.Generator().manual_seed(rank))
+
+
+def _train_every_choice() -> dict[tuple[bool, ...], list[Tensor | None]]:
+    grads: dict[tuple[bool, ...], list[Tensor | None]] = {}
+    for choice in itertools.product([False, True], repeat=3):
+        layer, x = SyncBatchNorm(4), _choice_input(dist.get_rank())
+        leaves = (x, layer.weight, layer.bias)
+        for leaf, needed in zip(leaves, choice, strict=True):
+            leaf.requires_grad_(needed)
+        y = layer(x).pow(3).sum()
+        if any(choice):
+            y.backward()
+        assert y.requires_grad is any(choice)
+        grads[choice] = [leaf.grad for leaf in leaves]
+    return grads
+
+
 @pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
 def test_evaluation_never_communicates(tracked: bool) -> None:
     assert run_ranks(2, _evaluate_on_one_rank, tracked) == [[], []]
@@ -112,21 +146,33 @@ def _evaluate_on_one_rank(tracked: bool) -> list[Collective]:
 
 
 def test_too_few_values_raise_on_every_rank_and_leave_the_statistics() -> None:
-    for message, buffers in run_ranks(3, _train_on_one_value):
+    for message, buffers, next_mean in run_ranks(3, _train_on_one_value):
         assert "more than one value per channel over all ranks" in message
         assert buffers == [[0.0] * 4, [1.0] * 4, 0]
+        assert next_mean == [pytest.approx(0.1)] * 4  # of 0, 1 and 2, by a tenth: the ranks are still in step
 
 
-def _train_on_one_value() -> tuple[str, list[object]]:
+def _train_on_one_value() -> tuple[str, list[object], list[float]]:
     layer = SyncBatchNorm(4)
     with pytest.raises(ValueError, match="more than one value") as error:
         layer(torch.randn(1 if dist.get_rank() == 2 else 0, 4))
-    return str(error.value), [buffer.tolist() for buffer in layer.buffers()]
+    buffers: list[object] = [buffer.tolist() for buffer in layer.buffers()]
+    layer(torch.full((1, 4), float(dist.get_rank())))
+    return str(error.value), buffers, layer.get_buffer("running_mean").tolist()
+
+
+NOTHING = [
+    torch.empty(0, 4),
+    torch.empty(2, 4, 0, dtype=torch.float16),
+    torch.empty(0, 4, 3, 2, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last),
+    torch.empty(2, 4, 3, 0, 2).contiguous(memory_format=torch.channels_last_3d),
+]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_nothing_on_any_rank_changes_nothing(momentum: float | None) -> None:
-    for before, after, grads in run_ranks(2, _train_on_nothing, momentum):
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_nothing_on_any_rank_changes_nothing(world_size: int, momentum: float | None) -> None:
+    for before, after, grads in run_ranks(world_size, _train_on_nothing, momentum):
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert all(grad is not None and torch.equal(grad, torch.zeros(4)) for grad in grads)
 
@@ -135,11 +181,13 @@ def _train_on_nothing(momentum: float | None) -> tuple[dict[str, Tensor], dict[s
     layer = SyncBatchNorm(4, momentum=momentum)
     layer(torch.randn(3, 4))
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    x = torch.empty(0, 4, requires_grad=True)
-    y = layer(x)
-    y.sum().backward()
-    assert y.shape == x.shape
-    assert x.grad is not None
+    for nothing in NOTHING:
+        x = nothing.clone().requires_grad_()
+        y = layer(x)
+        y.sum().backward()
+        assert x.grad is not None
+        assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+        assert (x.grad.shape, x.grad.dtype, x.grad.stride()) == (x.shape, x.dtype, x.stride())
     return before, dict(layer.named_buffers()), [parameter.grad for parameter in layer.parameters()]
 
 
@@ -189,8 +237,9 @@ def _train_half(joined: Tensor) -> tuple[Tensor, ...]:
     return y.detach(), x.grad, layer.running_mean, layer.running_var
 
 
-def test_autocast_does_not_reach_the_statistics() -> None:
-    for inside, outside in run_ranks(2, _moments_with_and_without_autocast):
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_autocast_does_not_reach_the_statistics(world_size: int) -> None:
+    for inside, outside in run_ranks(world_size, _moments_with_and_without_autocast):
         assert torch.equal(inside, outside)
 
 

@@ -62,7 +62,7 @@ def _train_rank(sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, fl
     return model.state_dict(), rank_disagreement(model)
 
 
-@pytest.mark.parametrize("sizes", [(6, 6), (7, 2, 3)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("sizes", [(5,), (6, 6), (7, 2, 3), (4, 0, 1, 5)], ids=["alone", "equal", "unequal", "empty"])
 def test_five_steps_on_ranks_are_five_steps_in_one_process(sizes: tuple[int, ...]) -> None:
     expected = _train(_model(), _batches(sum(sizes)), 1 / sum(sizes))
     for state, disagreement in run_ranks(len(sizes), _train_rank, sizes):

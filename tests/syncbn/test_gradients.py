@@ -101,9 +101,9 @@ def _loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) 
     return torch.func.functional_call(layer, (parameters, buffers), (x,)).pow(3).sum(), buffers
 
 
-def _functional_gradients() -> tuple[Tensor, ...]:
+def _functional_gradients(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     layer = SyncBatchNorm(4, dtype=torch.float64)
-    x = torch.split(_values(5, 4, 2), [3, 2])[dist.get_rank()]
+    x = torch.split(_values(5, 4, 2), list(sizes))[dist.get_rank()]
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     gradient = torch.func.grad(_loss, argnums=(0, 2), has_aux=True)
@@ -111,15 +111,17 @@ def _functional_gradients() -> tuple[Tensor, ...]:
     return of_x, of_parameters["weight"], of_parameters["bias"], tracked["running_mean"], tracked["running_var"]
 
 
-def test_torch_func_differentiates_the_layer_and_hands_back_its_buffers() -> None:
-    ranks = run_ranks(2, _functional_gradients)
+@pytest.mark.parametrize("sizes", [(5,), (3, 2), (2, 0, 3)], ids=["1", "2", "3"])
+def test_torch_func_differentiates_the_layer_and_hands_back_its_buffers(sizes: tuple[int, ...]) -> None:
+    ranks = run_ranks(len(sizes), _functional_gradients, sizes)
     layer = nn.BatchNorm1d(4, dtype=torch.float64)
     x = _values(5, 4, 2).requires_grad_()
     layer(x).pow(3).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(torch.cat([rank[0] for rank in ranks]), x.grad, rtol=1e-10, atol=1e-10)
     for place, parameter in ((1, layer.weight), (2, layer.bias)):
-        torch.testing.assert_close(ranks[0][place] + ranks[1][place], parameter.grad, rtol=1e-10, atol=1e-10)
+        total = torch.stack([rank[place] for rank in ranks]).sum(0)
+        torch.testing.assert_close(total, parameter.grad, rtol=1e-10, atol=1e-10)
     for rank in ranks:
         torch.testing.assert_close(rank[3], layer.running_mean, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(rank[4], layer.running_var, rtol=1e-10, atol=1e-10)
