@@ -9,8 +9,9 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from service.api import create_app
+from service.api.rates import RateLimits
 from service.errors import ClusterUnreachable, FieldProblem
-from service.jobs import IngestBatch, Job, JobSpec, JobState, TelemetryEvent, attempt_id
+from service.jobs import IngestBatch, Job, JobSpec, JobState, PrincipalTerms, Role, TelemetryEvent, attempt_id
 from service.planner import Planner
 from service.store import JobStore
 from tests.service.store.telling import rank_batch, spec
@@ -24,6 +25,7 @@ class House:
     max_workers: int = 4
     cluster_answers: bool = True
     parts: dict[str, str] = field(default_factory=lambda: {"store": "ok", "cluster": "ok"})
+    limits: RateLimits | None = None
 
     def app(self, api_token: str | None = None, stopping: threading.Event | None = None) -> FastAPI:
         return create_app(
@@ -34,10 +36,16 @@ class House:
             gauges=lambda: {"syncbn_cluster_up": float(self.cluster_answers)},
             stopping=stopping or threading.Event(),
             api_token=None if api_token is None else SecretStr(api_token),
+            limits=self.limits,
         )
 
     def client(self, api_token: str | None = None) -> TestClient:
         return TestClient(self.app(api_token), base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+    def key(self, name: str, role: Role) -> dict[str, str]:
+        """The header with which a principal of this role shows a key of its own."""
+        self.store.principals.put(name, PrincipalTerms(role=role))
+        return {"Authorization": f"Bearer {self.store.keys.make(name).key}"}
 
     def running_job(self, *events: TelemetryEvent, wanted: JobSpec | None = None) -> tuple[Job, str]:
         """A job whose rank 0 has told ``events``, and its ingest token."""

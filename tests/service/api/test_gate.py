@@ -1,0 +1,104 @@
+import time
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.api.rates import Rate, RateLimits, neighbourhood
+from service.jobs import Role
+from tests.service.api.house import House
+
+TOKEN = "operator-token-of-the-tests"
+OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
+WRONG = {"Authorization": "Bearer wrong"}
+
+
+def test_a_rate_lets_so_many_pass_for_each_name() -> None:
+    rate = Rate("requests", "3/year")
+    told = [rate.take("alice") for _ in range(4)]
+    assert [(one.allowed, one.remaining) for one in told] == [(True, 2), (True, 1), (True, 0), (False, 0)]
+    assert told[-1].reset_s >= 1
+    assert (rate.look("bob").allowed, rate.look("bob").remaining) == (True, 3)
+    assert rate.take("bob").headers["RateLimit-Policy"] == f'"requests";q=3;w={360 * 86400}'
+
+
+def test_a_rate_lets_more_pass_when_its_window_has_moved() -> None:
+    rate = Rate("requests", "2/second")
+    while rate.take("alice").allowed:
+        pass
+    deadline = time.monotonic() + 20
+    while not rate.look("alice").allowed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert rate.take("alice").allowed
+
+
+@pytest.mark.parametrize("rate", ["", "3", "many/second", "3/fortnight"])
+def test_what_is_no_rate_is_refused(rate: str) -> None:
+    with pytest.raises(ValueError, match=r"rate limit|granularity"):
+        Rate("requests", rate)
+
+
+@pytest.mark.parametrize(
+    ("address", "counted_as"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::", "2001:db8:1:2::/64"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("testclient", "testclient"),
+        ("", ""),
+    ],
+)
+def test_neighbours_that_one_caller_commands_count_as_one(address: str, counted_as: str) -> None:
+    assert neighbourhood(address) == counted_as
+
+
+def test_who_asks_too_often_waits_and_nobody_else(house: House) -> None:
+    house.limits = RateLimits(requests="3/year")
+    with house.client(api_token=TOKEN) as client:
+        alice, bob = house.key("alice", Role.READER), house.key("bob", Role.READER)
+        for left in (2, 1, 0):
+            answer = client.get("/v1/jobs", headers=alice)
+            assert answer.status_code == 200
+            assert answer.headers["RateLimit"].startswith(f'"requests";r={left};t=')
+        over = client.get("/v1/whoami", headers=alice)
+        assert (over.status_code, over.json()["code"], over.json()["retryable"]) == (429, "too_many_requests", True)
+        assert int(over.headers["Retry-After"]) >= 1
+        assert over.headers["RateLimit-Policy"].startswith('"requests";q=3;w=')
+        assert client.get("/v1/jobs", headers=bob).status_code == 200
+        assert client.get("/livez").status_code == 200
+
+
+def test_all_keys_of_a_principal_share_its_rate(house: House) -> None:
+    house.limits = RateLimits(requests="2/year")
+    with house.client() as client:
+        keys = [house.key("alice", Role.READER) for _ in range(3)]
+        assert [client.get("/v1/whoami", headers=key).status_code for key in keys] == [200, 200, 429]
+
+
+def test_where_no_keys_are_asked_for_nobody_is_counted(house: House) -> None:
+    house.limits = RateLimits(requests="1/year")
+    with house.client() as client:
+        for _ in range(3):
+            answer = client.get("/v1/whoami")
+            assert answer.status_code == 200
+            assert "RateLimit" not in answer.headers
+
+
+def test_after_too_many_wrong_keys_guessing_goes_on_in_the_dark(house: House) -> None:
+    """The operator's token, which a person chose, is not looked at any more; a stored key cannot be guessed."""
+    house.limits = RateLimits(refusals="3/year")
+    with house.client(api_token=TOKEN) as client:
+        alice = house.key("alice", Role.READER)
+        assert client.get("/v1/whoami", headers=OPERATOR).status_code == 200
+        assert [client.get("/v1/whoami", headers=WRONG).status_code for _ in range(5)] == [401] * 3 + [429] * 2
+        assert client.get("/v1/whoami").status_code == 429
+        assert client.get("/v1/whoami", headers=OPERATOR).status_code == 429
+        assert client.get("/v1/whoami", headers=alice).status_code == 200
+
+
+def test_right_keys_are_no_refusals(house: House) -> None:
+    house.limits = RateLimits(refusals="1/year")
+    with TestClient(house.app(TOKEN), base_url="http://127.0.0.1") as client:
+        for _ in range(3):
+            assert client.get("/v1/whoami", headers=OPERATOR).status_code == 200
