@@ -1,25 +1,31 @@
 """Joins the parts into one running service: the only place that knows them all."""
 
+import asyncio
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from service.api import create_app
+from service.api.rates import RateLimits
 from service.cluster.head import LocalRayHead
 from service.cluster.job_server import RayJobServer
 from service.cluster.launcher import RayLauncher
-from service.errors import FieldProblem, ServiceError, StoreUnavailable
-from service.jobs import JobSpec, JobState, Reason
+from service.confinement import data_problems
+from service.errors import ServiceError, StoreUnavailable
+from service.exposure import refuse_exposure
 from service.lock import lock_data_folder
+from service.memory import open_store, refuse_unshared_cluster
 from service.planner import Planner
 from service.scheduler import Scheduler
+from service.scheduler.farewell import let_attempts_leave, set_aside
 from service.settings import Settings
 from service.store import JobStore
 
@@ -28,6 +34,8 @@ MIN_FREE_BYTES = 200 * 2**20
 
 _GRACEFUL_SHUTDOWN_S = 3
 _HEAD_HEARTBEAT_S = 5.0
+_FAREWELL_S = 10.0
+"""How long Ctrl-C waits for the jobs of the local head to save and report; a second Ctrl-C waits no longer."""
 
 _log = structlog.get_logger("service")
 
@@ -43,59 +51,96 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
     """Run the service until SIGINT or SIGTERM; ``announce`` gets its URL once it accepts connections.
 
     Holds the data folder's lock, listens, follows the cluster, and at the end stops the local Ray head where it
-    keeps one: jobs that were running then go on from their last checkpoint at the next start.
+    keeps one: jobs that were running have saved by then, and go on from there at the next start.
 
-    Raises: PortTaken, DataFolderInUse, ServiceError for settings that would expose the service.
+    Raises: PortTaken, DataFolderInUse, StoreUnavailable; Exposed for settings that would open the service to others,
+        NoSharedCluster for a shared database without a shared cluster.
     """
-    if not settings.loopback and settings.api_token is None:
-        raise ServiceError(
-            f"refusing to listen on {settings.host} without a token: anyone there could run jobs; "
-            "set SYNCBN_API_TOKEN, or listen on 127.0.0.1"
-        )
     stopping = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(lock_data_folder(settings.data_dir))
-        listener = stack.enter_context(_listen(settings.host, settings.port))
-        url = _url_of(listener)
-        store = JobStore.open(settings.database_path)
+        refuse_unshared_cluster(settings)
+        store = open_store(settings)
         stack.callback(store.close)
+        refuse_exposure(settings, keys_made=store.keys.any_made())
+        listener = stack.enter_context(_listen(settings.host, settings.port))
+        url = _url_of(listener, "http" if settings.tls_cert is None else "https")
         launcher, head = _connect_cluster(settings)
         if head is not None:
             stack.callback(_stop_head, head, store)
             stack.enter_context(_thread("head-heartbeat", lambda: _keep_touching(head, stopping), stopping))
         settings.storage_path.mkdir(parents=True, exist_ok=True)
         scheduler = Scheduler(
-            store, launcher, ingest_url=str(settings.public_url or url), storage=settings.storage_path
+            store,
+            launcher,
+            ingest_url=str(settings.public_url or url),
+            storage=settings.storage_path,
+            quota_of=store.principals.quota_of,
+            holder=_holder(settings),
         )
-        stack.enter_context(_thread("scheduler", lambda: scheduler.run(stopping), stopping))
+        scheduling = stack.enter_context(_thread("scheduler", lambda: scheduler.run(stopping), stopping))
         if head is not None:
             stack.callback(_cut_start_short, head, scheduler, stopping)
         app = create_app(
             store,
-            check_placement=lambda spec: _placement_problems(spec, scheduler, local=head is not None),
+            check_placement=lambda spec: [
+                *scheduler.placement_problems(spec),
+                *data_problems(spec, settings.readable_roots, must_exist=head is not None),
+            ],
             plan=Planner().plan,
             readiness=lambda: _readiness(store, scheduler, settings.data_dir),
+            gauges=lambda: {"syncbn_cluster_up": float(scheduler.cluster_status == "ok")},
             api_token=settings.api_token,
+            limits=RateLimits(requests=settings.rate_limit, refusals=settings.refusal_limit),
             allowed_hosts=_allowed_hosts(settings),
             stopping=stopping,
         )
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S
-        )
         announce(url)
-        _Server(config, stopping).run(sockets=[listener])
+        server = _Server(server_config(app, settings), stopping)
+        if head is not None:
+            server.before_closing = lambda: _say_farewell(store, launcher, scheduler, scheduling, server)
+        server.run(sockets=[listener])
+
+
+def _holder(settings: Settings) -> str | None:
+    """Who holds the scheduler's lease: on a database in the locked data folder whoever has the lock, at once."""
+    if settings.database_url is not None:
+        return None  # a name that no other service has, whatever its folder is called
+    return f"the service on {settings.data_dir.absolute()}"
+
+
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How the app is served: over TLS where there is a certificate, and believing no proxy that is not named."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
+    )
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that tells open streams to end before it waits for their connections."""
+    """Uvicorn that tells open streams to end before it waits for their connections.
+
+    ``before_closing`` runs beside the requests that are still answered then.
+    """
 
     def __init__(self, config: uvicorn.Config, stopping: threading.Event) -> None:
         super().__init__(config)
+        self.before_closing: Callable[[], None] = lambda: None
         self._stopping = stopping
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._stopping.set()
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self.before_closing)
+        await super().shutdown(sockets)
 
 
 def _connect_cluster(settings: Settings) -> tuple[RayLauncher, LocalRayHead | None]:
@@ -108,12 +153,18 @@ def _connect_cluster(settings: Settings) -> tuple[RayLauncher, LocalRayHead | No
 
 
 def _stop_head(head: LocalRayHead, store: JobStore) -> None:
-    """End the local head; jobs that ran on it wait for the next start instead of pretending to run."""
-    detail = "the service was stopped and its local Ray head with it; goes on when the service is back"
-    for job in store.unfinished():
-        if job.state in (JobState.STARTING, JobState.RUNNING):
-            store.transition(job, JobState.RECOVERING, reason=Reason.SERVICE_STOPPED, detail=detail)
+    set_aside(store)
     head.stop()
+
+
+def _say_farewell(
+    store: JobStore, launcher: RayLauncher, scheduler: Scheduler, scheduling: threading.Thread, server: uvicorn.Server
+) -> None:
+    """Let the attempts on the local head save and report while the service still listens."""
+    if scheduler.cluster_status != "ok":
+        return  # the head is starting or gone: nothing runs on it
+    scheduling.join(_FAREWELL_S)  # or it would take the attempts' ends for accidents
+    let_attempts_leave(store, launcher, _FAREWELL_S, hurried=lambda: server.force_exit)
 
 
 def _cut_start_short(head: LocalRayHead, scheduler: Scheduler, stopping: threading.Event) -> None:
@@ -127,14 +178,6 @@ def _keep_touching(head: LocalRayHead, stopping: threading.Event) -> None:
     while not stopping.is_set():
         head.touch()
         stopping.wait(_HEAD_HEARTBEAT_S)
-
-
-def _placement_problems(spec: JobSpec, scheduler: Scheduler, *, local: bool) -> Sequence[FieldProblem]:
-    problems = list(scheduler.placement_problems(spec))
-    scheme, _, path = spec.data.partition(":")
-    if local and scheme == "idx" and not Path(path).exists():
-        problems.append(FieldProblem("/data", "path_missing", f"{path} does not exist on this machine"))
-    return problems
 
 
 def _readiness(store: JobStore, scheduler: Scheduler, data_dir: Path) -> dict[str, str]:
@@ -172,19 +215,19 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _url_of(listener: socket.socket) -> str:
+def _url_of(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
-    return f"http://{f'[{reachable}]' if ':' in reachable and reachable[0] != '[' else reachable}:{port}"
+    return f"{scheme}://{f'[{reachable}]' if ':' in reachable and reachable[0] != '[' else reachable}:{port}"
 
 
 @contextmanager
-def _thread(name: str, target: Callable[[], None], stopping: threading.Event) -> Iterator[None]:
+def _thread(name: str, target: Callable[[], None], stopping: threading.Event) -> Iterator[threading.Thread]:
     """Run ``target`` beside the block; at the block's end ask it to stop and wait for it."""
     thread = threading.Thread(target=target, name=name)
     thread.start()
     try:
-        yield
+        yield thread
     finally:
         stopping.set()
         thread.join()

@@ -1,9 +1,29 @@
 """Opens the memory that the settings name; for every command that needs it, the service's own among them."""
 
+from service.errors import ServiceError
 from service.settings import Settings
 from service.store import JobStore
 
 
+class NoSharedCluster(ServiceError):
+    """Services that share a database would each keep a cluster of their own."""
+
+    code = "no_shared_cluster"
+    title = "A shared database needs a shared cluster"
+
+
 def open_store(settings: Settings) -> JobStore:
     """The store of the service with these settings. Raises: StoreUnavailable."""
+    if settings.database_url is not None:
+        return JobStore.connect(settings.database_url)
     return JobStore.open(settings.database_path)
+
+
+def refuse_unshared_cluster(settings: Settings) -> None:
+    """Return if every service on this database finds the same cluster. Raises: NoSharedCluster."""
+    if settings.database_url is not None and settings.ray_address is None:
+        raise NoSharedCluster(
+            "refusing to keep a local Ray head for a database that other services may share: whichever of them "
+            "schedules must reach the jobs that another has started; set SYNCBN_RAY_ADDRESS to the cluster of all, "
+            "or unset SYNCBN_DATABASE_URL"
+        )

@@ -22,6 +22,8 @@ class Settings(BaseSettings):
 
     data_dir: Path = Path(".syncbn")
     """Database, checkpoints, logs, lock and the local Ray head's state."""
+    database_url: SecretStr | None = None
+    """A PostgreSQL database, as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, in place of the file in ``data_dir``."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8400
     """0 lets the system choose."""
@@ -53,7 +55,7 @@ class Settings(BaseSettings):
 
     @property
     def database_path(self) -> Path:
-        """The SQLite file."""
+        """The SQLite file, which is used where there is no ``database_url``."""
         return self.data_dir / "syncbn.sqlite"
 
     @property

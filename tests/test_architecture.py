@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rich",
         "typer",
     },
-    "service/memory.py": {"service.settings", "service.store"},
+    "service/memory.py": {"service.errors", "service.settings", "service.store"},
     "service/keys_cli.py": {
         "service.jobs",
         "service.errors",
