@@ -39,10 +39,14 @@ def _extremes(values: NDArray[np.float64], num_buckets: int) -> NDArray[np.intp]
     if not len(finite):
         return finite
     bucket = np.searchsorted(_edges(len(values), num_buckets), finite, side="right")
-    # Sorted by bucket, then value: the ends of each bucket's stretch are its extremes.
-    order = finite[np.lexsort((values[finite], bucket))]
-    ends = np.flatnonzero(np.diff(bucket)) + 1
-    return np.concatenate((order[np.r_[0, ends]], order[np.r_[ends, len(order)] - 1]))
+    starts = np.r_[0, np.flatnonzero(np.diff(bucket)) + 1]
+    lengths = np.diff(np.r_[starts, len(finite)])
+    kept: list[NDArray[np.intp]] = []
+    for extreme in (np.minimum, np.maximum):
+        of_bucket = np.repeat(extreme.reduceat(values[finite], starts), lengths)
+        where = np.flatnonzero(values[finite] == of_bucket)
+        kept.append(finite[where[np.unique(bucket[where], return_index=True)[1]]])
+    return np.concatenate(kept)
 
 
 def _first_of_each_kind(values: NDArray[np.float64], num_buckets: int) -> NDArray[np.intp]:

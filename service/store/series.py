@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Double, and_, select, type_coerce
+from sqlalchemy import Connection, Double, and_, bindparam, select, type_coerce
 
 from service.errors import NotFound
 from service.jobs import MetricSeries
-from service.store.chunks import extents, overlapping, read_column
+from service.store.chunks import LAST_STEP, extents, read_column
 from service.store.downsample import downsample, means_of_stretches
 from service.store.schema import metric_chunks, steps
 from service.store.steps import rows_between
@@ -20,7 +20,7 @@ _FIELDS = {LOSS: "loss", "train/learning_rate": "learning_rate", "train/step_s":
 WINDOW_ROWS = 2**18
 """Longer series are read in windows of about so many steps of ranks, which bounds what is in memory at once."""
 
-_LAST = 2**31 - 1
+_LOSSES = select(steps.c.loss).where(steps.c.job_id == bindparam("job"), steps.c.step == bindparam("at"))
 
 Points = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Steps, ascending, and the value at each."""
@@ -86,17 +86,20 @@ def whole_loss(connection: Connection, job_id: str, max_points: int) -> MetricSe
 
 def mean_loss(connection: Connection, job_id: str, step: int) -> float | None:
     """The training loss at one step, as the mean over ranks; None where no rank has told it."""
-    _, values = _points(connection, job_id, _FIELDS[LOSS], None, step, step)
-    return float(values[0]) if len(values) else None
+    losses = connection.execute(_LOSSES, {"job": job_id, "at": step}).scalars().all()
+    if extents(connection, job_id, step, step):
+        losses = _points(connection, job_id, _FIELDS[LOSS], None, step, step)[1].tolist()
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.mean(losses)) if losses else None
 
 
 def _windows(
     connection: Connection, job_id: str, field: str, rank: int | None, first_step: int | None, last_step: int | None
 ) -> Iterator[Points]:
     """The points in order, in stretches that are small enough to hold."""
-    start, end = first_step or 0, _LAST if last_step is None else last_step
+    start, end = first_step or 0, LAST_STEP if last_step is None else last_step
     num_rows = 0
-    for extent in extents(connection, overlapping(job_id, start, end, rank)):
+    for extent in extents(connection, job_id, start, end, rank):
         num_rows += extent.num_rows
         if num_rows >= WINDOW_ROWS and extent.last_step < end:
             yield _points(connection, job_id, field, rank, start, extent.last_step)
@@ -107,7 +110,7 @@ def _windows(
 def _ends(connection: Connection, job_id: str) -> tuple[int, int] | None:
     """The first and the last step of the job."""
     found = [end for end in rows_between(connection, job_id) if end is not None]
-    for extent in extents(connection, metric_chunks.c.job_id == job_id):
+    for extent in extents(connection, job_id):
         found += [extent.first_step, extent.last_step]
     return (min(found), max(found)) if found else None
 
@@ -115,7 +118,7 @@ def _ends(connection: Connection, job_id: str) -> tuple[int, int] | None:
 def _points(connection: Connection, job_id: str, field: str, rank: int | None, first: int, last: int) -> Points:
     """The points between two steps, both included."""
     numbers, values = [np.empty(0, np.int64)], [np.empty(0, np.float64)]
-    for _, of_chunk, values_of_chunk in read_column(connection, overlapping(job_id, first, last, rank), field):
+    for of_chunk, values_of_chunk in read_column(connection, job_id, first, last, rank, field):
         inside = slice(*np.searchsorted(of_chunk, [first, last + 1]))
         numbers.append(of_chunk[inside].astype(np.int64))
         values.append(values_of_chunk[inside].astype(np.float64))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Connection, Double, and_, bindparam, delete, insert, select, type_coerce
 
 from service.jobs import StepMetrics
-from service.store.chunks import CHUNK_ROWS, Extent, extents, overlapping, take_chunks, write_chunks
+from service.store.chunks import CHUNK_ROWS, LAST_STEP, Extent, extents, take_chunks, write_chunks
 from service.store.schema import steps as rows
 from service.store.step_arrays import STEP, Steps, keys, latest, step_array
 
@@ -20,6 +20,15 @@ MAX_ROWS_OF_RANK = CHUNK_ROWS * 5 // 4
 
 MAX_ROWS = 2**18
 """How many steps of all ranks do; above a hundred ranks each then moves fewer at a time."""
+
+# Each ingest asks, and to build such a query anew takes longer than to answer it.
+_OF_JOB = rows.c.job_id == bindparam("job")
+_SPAN = and_(_OF_JOB, rows.c.step.between(bindparam("first"), bindparam("last")))
+_KEYS = select(rows.c.rank, rows.c.step).where(_SPAN)
+_FIRST = select(rows.c.step).where(_OF_JOB).order_by(rows.c.step).limit(1)
+_LAST = select(rows.c.step).where(_OF_JOB).order_by(rows.c.step.desc()).limit(1)
+_FORGET_OLDER = delete(rows).where(_SPAN, rows.c.attempt < bindparam("newest"))
+_FORGET_ONE = delete(rows).where(_OF_JOB, rows.c.step == bindparam("at"), rows.c.rank == bindparam("of"))
 
 
 def store_steps(connection: Connection, job_id: str, attempt: int, told: Iterable[tuple[int, StepMetrics]]) -> None:
@@ -42,8 +51,7 @@ def store_array(connection: Connection, job_id: str, told: Steps) -> None:
 
 def rows_between(connection: Connection, job_id: str) -> list[int]:
     """The first and the last step that are kept as rows, or nothing."""
-    of_job = select(rows.c.step).where(rows.c.job_id == job_id).limit(1)
-    found = [connection.execute(of_job.order_by(end)).scalar() for end in (rows.c.step, rows.c.step.desc())]
+    found = [connection.execute(end, {"job": job_id}).scalar() for end in (_FIRST, _LAST)]
     return [end for end in found if end is not None]
 
 
@@ -51,10 +59,12 @@ def _make_room(connection: Connection, job_id: str, told: Steps) -> Steps:
     """Delete what ``told`` replaces, and return what else was in the chunks that had to be opened for it."""
     first, last = int(told["step"].min()), int(told["step"].max())
     attempt = int(told["attempt"][0])
-    span = and_(rows.c.job_id == job_id, rows.c.step.between(first, last))
-    connection.execute(delete(rows).where(span, rows.c.attempt < attempt))
-    _delete_rows(connection, job_id, set(keys(told).tolist()).intersection(_keys_of_rows(connection, span)))
-    met = [e for e in extents(connection, overlapping(job_id, first, last)) if _is_met(e, told)]
+    if attempt > 1:
+        connection.execute(_FORGET_OLDER, {"job": job_id, "first": first, "last": last, "newest": attempt})
+    repeated = set(keys(told).tolist()).intersection(_keys_of_rows(connection, job_id, first, last))
+    if repeated:
+        connection.execute(_FORGET_ONE, [{"job": job_id, "at": k & 0xFFFFFFFF, "of": k >> 32} for k in repeated])
+    met = [extent for extent in extents(connection, job_id, first, last) if _is_met(extent, told)]
     freed = take_chunks(connection, job_id, met)
     replaced = (freed["attempt"] < attempt) & (freed["step"] >= first) & (freed["step"] <= last)
     return freed[~replaced]
@@ -68,16 +78,9 @@ def _is_met(extent: Extent, told: Steps) -> bool:
     return len(of_rank) > 0 and bool(of_rank[0] <= extent.last_step and of_rank[-1] >= extent.first_step)
 
 
-def _keys_of_rows(connection: Connection, wanted: ColumnElement[bool]) -> list[int]:
-    found = connection.execute(select(rows.c.rank, rows.c.step).where(wanted))
+def _keys_of_rows(connection: Connection, job_id: str, first: int, last: int) -> list[int]:
+    found = connection.execute(_KEYS, {"job": job_id, "first": first, "last": last})
     return [rank << 32 | step for rank, step in found]
-
-
-def _delete_rows(connection: Connection, job_id: str, repeated: set[int]) -> None:
-    if repeated:
-        one = and_(rows.c.job_id == job_id, rows.c.step == bindparam("s"), rows.c.rank == bindparam("r"))
-        chosen = [{"s": key & 0xFFFFFFFF, "r": key >> 32} for key in repeated]
-        connection.execute(delete(rows).where(one), chosen)
 
 
 def _keep(connection: Connection, job_id: str, fresh: Steps) -> None:
@@ -98,7 +101,7 @@ def _border(connection: Connection, job_id: str, fresh: Steps) -> int | None:
     ends = [*rows_between(connection, job_id), int(fresh["step"].min()), int(fresh["step"].max())]
     if max(ends) - min(ends) < most:
         return None  # a rank has at most one row a step
-    stored = np.array(_keys_of_rows(connection, rows.c.job_id == job_id), dtype=np.int64)
+    stored = np.array(_keys_of_rows(connection, job_id, 0, LAST_STEP), dtype=np.int64)
     return _oldest_to_keep(np.concatenate((stored, keys(fresh))), most)
 
 

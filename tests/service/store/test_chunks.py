@@ -13,7 +13,6 @@ from sqlalchemy import func, select
 from service.jobs import IngestBatch, JobState, attempt_id
 from service.store import STEP, JobStore
 from service.store.chunks import CHUNK_ROWS, extents
-from service.store.schema import metric_chunks
 from service.store.schema import steps as rows
 from service.store.steps import MAX_ROWS_OF_RANK
 from tests.service.store.telling import rank_batch, spec, step
@@ -96,7 +95,7 @@ class Run:
         with self.store._database.read() as connection:
             of_job = rows.c.job_id == self.job.id
             kept = connection.execute(select(rows.c.rank, func.count()).where(of_job).group_by(rows.c.rank)).all()
-            found = extents(connection, metric_chunks.c.job_id == self.job.id)
+            found = extents(connection, self.job.id)
             keys = connection.execute(select(rows.c.rank, rows.c.step).where(of_job)).all()
         assert all(count <= MAX_ROWS_OF_RANK for _, count in kept)
         assert sum(count for _, count in kept) + sum(e.num_rows for e in found) == len(self.model)
@@ -135,7 +134,7 @@ def _acts(draw: st.DrawFn) -> list[tuple[bool, list[tuple[Key, float]], bool]]:
 
 
 @settings(
-    max_examples=20,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to make thousands of steps smaller takes minutes
