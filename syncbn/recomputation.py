@@ -45,7 +45,9 @@ def remember(moments: BatchMoments) -> None:
     if torch.compiler.is_compiling():
         return
     frame = _variables_of_saving().get("frame")
-    for segment in _reentrant_first_runs() if frame is None else [frame]:
+    # Of a non-reentrant segment inside a reentrant one the first run has no frame, as it needs no gradient, but the
+    # second has: the reentrant one is to hold whatever runs in it, so that it is counted alike both times.
+    for segment in [*([] if frame is None else [frame]), *_reentrant_first_runs()]:
         segment.__dict__.setdefault(_MOMENTS, []).append(moments)
 
 
@@ -70,8 +72,6 @@ def _recomputed_segment() -> Any:
     variables = _variables_of_saving()
     if "target_frame_ref" in variables:
         return variables["target_frame_ref"]()
-    if "frame" in variables:  # a segment that runs for the first time, as far as torch knows
-        return None
     return next((segment for code, segment in _reentrant_segments() if code is _RECOMPUTATION), None)
 
 

@@ -56,13 +56,28 @@ def nested_reentrant(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-def _run_twice_first_checkpointed(model: nn.Module, x: Tensor) -> Tensor:
+def _run_after_non_reentrant(model: nn.Module, x: Tensor) -> Tensor:
     return plain(model, non_reentrant(model, x) * 2)
+
+
+def non_reentrant_in_reentrant(model: nn.Module, x: Tensor) -> Tensor:
+    """Without gradients, as in its first run, the inner segment has no frame."""
+    output: Tensor = checkpoint(_run_after_non_reentrant, model, x, use_reentrant=True)
+    return output
+
+
+def _run_after_reentrant(model: nn.Module, x: Tensor) -> Tensor:
+    return plain(model, reentrant(model, x) * 2)
+
+
+def reentrant_in_non_reentrant(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = checkpoint(_run_after_reentrant, model, x, use_reentrant=False)
+    return output
 
 
 def nested_first(model: nn.Module, x: Tensor) -> Tensor:
     """The outer recomputation runs the inner segment as if for the first time."""
-    output: Tensor = checkpoint(_run_twice_first_checkpointed, model, x, use_reentrant=False)
+    output: Tensor = checkpoint(_run_after_non_reentrant, model, x, use_reentrant=False)
     return output
 
 
@@ -105,6 +120,8 @@ def _train(forward: Forward, sizes: tuple[int, ...]) -> tuple[list[Tensor], int,
         (reentrant, plain, 0),
         (two_reentrant_segments, two_plain_segments, 0),
         (nested_reentrant, plain, 0),
+        (non_reentrant_in_reentrant, two_plain_segments, 0),
+        (reentrant_in_non_reentrant, two_plain_segments, 0),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
