@@ -398,6 +398,19 @@ def test_what_ghosts_learned_is_the_batchnorm_s_when_it_returns(affine: bool) ->
     assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("normalizer", ALL[:-2], ids=str)
+def test_what_was_put_into_the_stand_in_is_the_batchnorm_s_when_it_returns(normalizer: Normalizer) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(8))
+    saved = {
+        name: torch.full_like(value, 3.0) for name, value in replace_batchnorm(model, normalizer).state_dict().items()
+    }
+    model.load_state_dict(saved, assign=True)  # other tensors in the place of those that both shared
+    parameters = dict(model.named_parameters())
+    restore_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+
+
 def test_a_copy_and_a_saved_file_of_a_replaced_model_can_be_restored() -> None:
     model = SharedNet()
     replace_batchnorm(model, GroupNormalizer(num_groups=2))
