@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from service.jobs.numbers import say_non_finite
 from service.jobs.spec import JobSpec
 from service.jobs.states import JobState, Phase, Reason
 from service.jobs.telemetry import AttemptEnded
@@ -13,7 +14,7 @@ from service.jobs.telemetry import AttemptEnded
 class View(BaseModel):
     """What is read over the API; times are RFC 3339 in UTC, durations seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", json_schema_extra=say_non_finite)
 
 
 class Progress(View):

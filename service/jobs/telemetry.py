@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from service.jobs.numbers import say_non_finite
 from service.jobs.states import Phase, Reason
 
 RUNNER = -1
@@ -14,7 +15,7 @@ RUNNER = -1
 class Telemetry(BaseModel):
     """Base of all facts. Non-finite numbers travel as the strings "NaN", "Infinity", "-Infinity"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", json_schema_extra=say_non_finite)
 
 
 class RankStarted(Telemetry):

@@ -1,0 +1,104 @@
+"""The whole API against its own document: generated requests, right and wrong, and what may be answered to them."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from service.api import create_app
+from service.errors import FieldProblem, InvalidRequest
+from service.jobs import JobPlan, JobSpec, JobState, LogLine, attempt_id
+from service.store import JobStore
+from service.training.plan import Impossible, plan
+from tests.service.api.house import House
+from tests.service.store.telling import drift, evaluation, started, step
+
+
+def _plan(spec: JobSpec) -> JobPlan:
+    """As the planner's process does it, in this one."""
+    try:
+        return plan(spec)
+    except Impossible as error:
+        raise InvalidRequest([FieldProblem(error.pointer, "cannot_be_planned", str(error))]) from error
+    except (OSError, ValueError) as error:
+        raise InvalidRequest([FieldProblem("/data", "cannot_be_planned", str(error))]) from error
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    store = JobStore.open(tmp_path_factory.mktemp("contract") / "jobs.sqlite")
+    app = create_app(
+        store,
+        storage=Path("/nowhere"),
+        check_placement=lambda spec: [],
+        plan=_plan,
+        readiness=lambda: {"store": "ok"},
+        gauges=lambda: {},
+        stopping=threading.Event(),
+        allowed_hosts=("*",),
+    )
+    house = House(store)
+    job, _ = house.running_job(started(), step(1), evaluation(1), drift(1, bn=0.1), LogLine(text="line"))
+    store.transition(store.get(job.id), JobState.SUCCEEDED)
+    loaded = schemathesis.openapi.from_asgi("/openapi.json", app)
+    known = {"job_id": job.id, "attempt_id": attempt_id(job.id, 1), "name": "train/loss"}
+
+    @loaded.hook
+    def flatmap_path_parameters(context: Any, path_parameters: Any) -> Any:
+        """Ids that nobody has lead nowhere: half of the time the ones that exist."""
+        names = set(path_parameters or {})
+        there = {name: known[name] for name in names if name in known and (name != "name" or "job_id" in names)}
+        return st.sampled_from([path_parameters, {**(path_parameters or {}), **there}])
+
+    yield loaded
+    store.close()
+
+
+_CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+_PROFILE = settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_every_answer_is_one_that_the_document_promises(schema: Any, mode: GenerationMode) -> None:
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) > 20
+    failures = []
+    for operation in operations:
+
+        @_PROFILE
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def answer(case: schemathesis.Case) -> None:
+            case.call_and_validate(checks=_CHECKS)
+
+        try:
+            answer()
+        except (Exception, BaseExceptionGroup) as error:
+            failures.append(f"{operation.label}: {error}")
+    assert not failures, "\n\n".join(failures)
