@@ -17,6 +17,7 @@ from service.errors import FieldProblem, InvalidRequest, ServiceError
 from service.jobs import JobSpec, JobState
 from service.keys_cli import keys_app
 from service.log import configure_log
+from service.maintenance import maintenance_app
 from service.settings import ClientSettings, Settings
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Train BatchNorm networks on many workers as if they were one. SYNCBN_URL names the service to talk to.",
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(maintenance_app)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
