@@ -87,6 +87,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
                 *scheduler.placement_problems(spec),
                 *data_problems(spec, settings.readable_roots, must_exist=head is not None),
             ],
+            storage=settings.storage_path,
             plan=Planner().plan,
             readiness=lambda: _readiness(store, scheduler, settings.data_dir),
             gauges=lambda: {"syncbn_cluster_up": float(scheduler.cluster_status == "ok")},

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import Request, Response
 from pydantic import SecretStr
@@ -45,6 +46,7 @@ def create_app(
     store: JobStore,
     *,
     check_placement: Callable[[JobSpec], Sequence[FieldProblem]],
+    storage: Path,
     plan: Callable[[JobSpec], JobPlan],
     readiness: Callable[[], dict[str, str]],
     gauges: Callable[[], Mapping[str, float]],
@@ -58,7 +60,8 @@ def create_app(
     ``check_placement`` says why the cluster could never hold a job, ``plan`` what would become of it, ``readiness``
     the state of each part ("ok" or what is wrong), ``gauges`` what other parts measure of themselves; all are called
     in worker threads. Every ``/v1`` request must show a stored key or ``api_token``, once there is either; an
-    attempt's reports carry their own. ``stopping`` ends all streams. A host of ``*`` allows any.
+    attempt's reports carry their own. Retries begin from files below ``storage`` alone. ``stopping`` ends all
+    streams. A host of ``*`` allows any.
     """
     feed = Feed(store, stopping)
     metrics = Metrics(store.count_by_state, lambda: {**gauges(), "syncbn_open_streams": feed.num_readers})
@@ -71,7 +74,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts = Parts(store, check_placement, plan, readiness, feed, metrics, stopping)
+    app.state.parts = Parts(store, check_placement, storage, plan, readiness, feed, metrics, stopping)
     problems.install(app)
     app.add_exception_handler(WrongSpec, _refuse_spec)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -21,6 +22,8 @@ class Parts:
     store: JobStore
     check_placement: Callable[[JobSpec], Sequence[FieldProblem]]
     """Why the cluster could never hold such a job; empty where it could."""
+    storage: Path
+    """Folder that all checkpoints lie below."""
     plan: Callable[[JobSpec], JobPlan]
     """What would become of such a job."""
     readiness: Callable[[], dict[str, str]]

@@ -18,9 +18,10 @@ from pydantic_core import PydanticCustomError
 
 from service.api.acceptance import REPLAYED, IdempotencyKey, accept
 from service.api.auth import Asker, require_json, require_role
-from service.api.parts import ExistingJob, PartsOf
+from service.api.parts import ExistingJob, Parts, PartsOf
 from service.api.problems import answers
 from service.api.steering import Verb, target
+from service.confinement import path_problems
 from service.errors import Conflict, FieldProblem, InvalidRequest
 from service.jobs import Job, JobState, Role
 from service.store import JobStore
@@ -74,7 +75,7 @@ def retry_job(
         parts,
         response,
         retry_of=job.id,
-        start_checkpoint=lambda: _start_checkpoint(job, wanted, parts.store),
+        start_checkpoint=lambda: _start_checkpoint(job, wanted, parts),
     )
 
 
@@ -88,18 +89,24 @@ def _require_hope(job: Job, store: JobStore) -> None:
         )
 
 
-def _start_checkpoint(job: Job, wanted: bool | int | None, store: JobStore) -> str | None:
-    """The file to begin from, None for the beginning. Raises: InvalidRequest where the wanted one is not there."""
+def _start_checkpoint(job: Job, wanted: bool | int | None, parts: Parts) -> str | None:
+    """The file to begin from, None for the beginning.
+
+    Raises: InvalidRequest where the wanted one is not there, or where an attempt has told of a file that lies outside
+        of what the service keeps.
+    """
     required = wanted is not None
     if wanted is None:
         wanted = job.state is not JobState.SUCCEEDED
     if wanted is False:
         return None
-    kept = {saved.step: saved.path for saved in store.checkpoints(job.id) if Path(saved.path).is_file()}
+    kept = {saved.step: saved.path for saved in parts.store.checkpoints(job.id) if Path(saved.path).is_file()}
     newest = kept[max(kept)] if kept else job.start_checkpoint
     path = newest if wanted is True else kept.get(wanted)
     if path is None and required:
         there = f"there are those of steps {', '.join(map(str, kept))}" if kept else "there are none"
         text = f"{job.id} has no such checkpoint any more; {there}, and false begins from the beginning"
         raise InvalidRequest([FieldProblem("/from_checkpoint", "checkpoint_missing", text)])
+    if path and (problems := path_problems(path, [parts.storage], "/from_checkpoint", "SYNCBN_STORAGE")):
+        raise InvalidRequest(problems)
     return path

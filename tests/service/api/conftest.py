@@ -13,7 +13,7 @@ from tests.service.api.house import House
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
     store = JobStore.open(tmp_path / "jobs.sqlite")
-    yield House(store)
+    yield House(store, storage=tmp_path)
     store.close()
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -26,11 +27,13 @@ class House:
     cluster_answers: bool = True
     parts: dict[str, str] = field(default_factory=lambda: {"store": "ok", "cluster": "ok"})
     limits: RateLimits | None = None
+    storage: Path = Path("/nowhere")
 
     def app(self, api_token: str | None = None, stopping: threading.Event | None = None) -> FastAPI:
         return create_app(
             self.store,
             check_placement=self._check_placement,
+            storage=self.storage,
             plan=Planner().plan,
             readiness=lambda: self.parts,
             gauges=lambda: {"syncbn_cluster_up": float(self.cluster_answers)},

@@ -1,13 +1,14 @@
 """Who may ask for what, held for every route that there is: also for those that others add."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from service.api.rates import RateLimits
-from service.jobs import Role
+from service.jobs import CheckpointSaved, JobState, Role
 from tests.service.api.house import House
 from tests.service.store.telling import spec
 
@@ -16,7 +17,8 @@ OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture
-def client(house: House) -> Iterator[TestClient]:
+def client(house: House, tmp_path: Path) -> Iterator[TestClient]:
+    house.storage = tmp_path / "storage"
     house.limits = RateLimits(refusals="10000/year")
     with house.client(api_token=TOKEN) as opened:
         yield opened
@@ -98,6 +100,23 @@ def test_a_reader_changes_nothing_and_a_submitter_manages_nobody(client: TestCli
             answer = ask(client, method, path, key, job.id)
             assert (answer.status_code == 403) is not role.includes(Role(least)), (method, path, role)
     assert house.store.get(ritas.id) == ritas
+
+
+def test_a_retry_begins_from_no_file_outside_of_what_the_service_keeps(
+    client: TestClient, house: House, tmp_path: Path
+) -> None:
+    """An attempt, or whoever has got hold of its token, tells where its checkpoints are."""
+    outside = tmp_path / "elsewhere" / "step-10.pt"
+    outside.parent.mkdir()
+    outside.touch()
+    house.storage.mkdir()
+    (house.storage / "link.pt").symlink_to(outside)
+    for path in (outside, house.storage / "link.pt", house.storage / ".." / "elsewhere" / "step-10.pt"):
+        job, _ = house.running_job(CheckpointSaved(step=10, path=str(path), size_bytes=1, duration_s=0.1))
+        house.store.transition(job, JobState.FAILED)
+        answer = client.post(f"/v1/jobs/{job.id}:retry", headers=OPERATOR)
+        (problem,) = answer.json()["errors"]
+        assert (problem["pointer"], problem["code"]) == ("/from_checkpoint", "path_not_allowed")
 
 
 def test_whoami_tells_principal_and_key(client: TestClient, house: House) -> None:
