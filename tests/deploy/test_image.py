@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from packaging.specifiers import SpecifierSet
 
 from service.api.health import router
+from service.exposure import exposure_problems
 from service.settings import Settings
 from tests.deploy.files import ROOT, image_environment, instructions
 
@@ -86,9 +87,10 @@ def test_the_image_runs_without_rights_in_folders_of_its_own() -> None:
 
 
 def test_the_image_as_it_is_listens_further_than_loopback_and_brings_no_token() -> None:
-    """That makes the service refuse to start until a token is given."""
+    """That makes the service refuse to start until a token is given, and word on TLS."""
     image = image_environment()
     fields = {name.removeprefix("SYNCBN_").lower(): value for name, value in image.items() if name[:7] == "SYNCBN_"}
     settings = Settings.model_validate(fields)
     assert not settings.loopback
+    assert len(exposure_problems(settings, keys_made=False)) == 2
     assert "SYNCBN_API_TOKEN" not in image

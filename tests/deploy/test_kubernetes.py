@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from service.api.health import router
+from service.exposure import exposure_problems
 from service.settings import Settings
 from tests.deploy.files import (
     README,
@@ -20,7 +21,7 @@ from tests.deploy.files import (
 def _settings(variables: dict[str, Any]) -> Settings:
     """What the service would read; values that come from a Secret are stood in for by a word."""
     fields = {
-        name.removeprefix("SYNCBN_").lower(): value if isinstance(value, str) else "from-a-secret"
+        name.removeprefix("SYNCBN_").lower(): value if isinstance(value, str) else "a-word-from-a-secret"
         for name, value in variables.items()
     }
     return Settings.model_validate(fields)
@@ -40,6 +41,7 @@ def test_the_services_variables_are_settings_that_it_accepts() -> None:
     settings = _settings(variables)
     assert settings.api_token is not None
     assert not settings.loopback
+    assert exposure_problems(settings, keys_made=False) == []
     assert settings.port == Settings.model_fields["port"].default
     assert str(settings.data_dir) == variables["SYNCBN_DATA_DIR"] == image_environment()["SYNCBN_DATA_DIR"]
 
