@@ -172,6 +172,7 @@ def test_a_collective_that_hangs_times_out_and_the_silent_rank_is_named(stage: S
 def test_an_attempt_saves_when_asked_and_when_it_is_stopped(stage: Stage) -> None:
     request = stage.launch()
     pids = stage.pids()
+    assert {psutil.Process(pid).nice() for pid in pids.values()} == {psutil.Process().nice()}
     stage.receiver.checkpoint_requests = 1
     on_request = stage.receiver.wait_for(lambda: stage.receiver.of_type(CheckpointSaved), 20)[0]
     assert latest_checkpoint(stage.storage / "checkpoints").checkpoint is not None
