@@ -10,7 +10,7 @@ from syncbn.moments import BatchMoments
 
 _SMALL = 1 << 16  # values; below it, doubling a tensor's width costs less than a look at its layout
 _BLOCK = 1 << 18  # values; a megabyte of float32 stays in cache between two passes
-_FLOAT32_SUM = 1 << 11  # values of a channel that are summed in float32
+_FLOAT32_SUM = 1 << 12  # values of a channel that are summed in float32
 _NEAR = 2.0  # standard deviations
 _DEVICE_BLOCK = 1 << 24  # values; 64 MiB of float32, enough to keep a device busy
 
@@ -26,8 +26,8 @@ def local_moments(input: Tensor, mask: Tensor | None = None) -> BatchMoments:
     Shape: ``mask`` is boolean, 1-d to ``input``'s dimensions less the channels, ``(N, *)`` or less of it.
     Accuracy: the variance is good to 1e-5 at a mean of 1e4 standard deviations, on every device, in every type and
         memory format that can hold such values. Torch's own operator is not, for it sums in float32.
-    Cost: one pass over ``input`` on a CPU where it is large, two where it is small; elsewhere see
-        `deviation_moments`. With a mask two more.
+    Cost: on a CPU about one pass over ``input``, and up to two more where a mean is beyond two standard deviations;
+        elsewhere see `deviation_moments`. With a mask two more.
     """
     if input.numel() == 0:
         return BatchMoments.empty(input.size(1), input.device)
@@ -150,7 +150,7 @@ def _mean_and_var(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _near_moments(values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance of ``(M, C)`` or ``(N, C, S)`` by torch's operator; None if a mean is far from zero.
+    """Mean and biased variance of ``(M, C)`` or ``(N, C, S)`` by torch's operator; None if means are far from zero.
 
     The operator is fast, but sums in float32. So it is given so few values at a time that their sums are good to
     about 1e-6, which are then merged in float64; and its means are not used where, beyond some standard deviations,
@@ -162,13 +162,15 @@ def _near_moments(values: Tensor) -> tuple[Tensor, Tensor] | None:
     running = None if values.dtype == torch.float32 else values.new_zeros(values.size(1), dtype=torch.float32)
     means, variances = zip(*(torch.batch_norm_update_stats(x, running, running, 0.0) for x in blocks), strict=True)
     mean, var = means[0].double(), variances[0].double()
+    block_means = mean
     if len(blocks) > 1:
         shares = torch.tensor([[len(block) / len(values)] for block in blocks], dtype=torch.float64)
         block_means = torch.stack(means).double()
         mean = (block_means * shares).sum(0)
         within, between = torch.stack(variances), (block_means - mean).square_()
         var = (between.add_(within) * shares).sum(0)
-    return None if bool((mean.square() > var * _NEAR**2).any()) else (mean, var)
+    is_far = torch.addcmul(var, block_means, block_means, value=-1 / _NEAR**2).min().item() < 0
+    return None if is_far else (mean, var)
 
 
 def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,19 @@ def test_a_batch_whose_parts_differ_much_is_not_misjudged_by_its_sample(dtype: t
         torch.testing.assert_close(moments.var, var, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("deviations", [0.0, 1.9, 2.1, 30.0])
+def test_means_near_and_far_are_as_good(dtype: torch.dtype, deviations: float) -> None:
+    # Near ones come from torch's operator, by blocks; the last block is smaller than the others.
+    x = torch.randn(7, 5, 60, 61, generator=torch.Generator().manual_seed(0)) + deviations
+    for channels_last in (False, True):
+        values = x.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        moments = local_moments(values)
+        var, mean = torch.var_mean(values.double(), (0, 2, 3), correction=0)
+        torch.testing.assert_close(moments.mean, mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close(moments.var, var, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.3, 1.0], ids=str)
 def test_every_momentum_averages_as_torch_does(momentum: float | None) -> None:
     layer = nn.BatchNorm1d(4, momentum=momentum, dtype=torch.float64)
