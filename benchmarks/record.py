@@ -28,10 +28,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def record(name: str, figures: Mapping[str, Any], **circumstances: Any) -> None:
-    """Print the figures and write ``results/<name>.json`` with the machine, the date and the command."""
+def record(name: str, figures: Mapping[str, Any], suffix: str = "", **circumstances: Any) -> None:
+    """Print the figures and write ``results/<name><suffix>.json`` with the machine, the date and the command."""
     entry = {
-        "benchmark": name,
+        "benchmark": name + suffix,
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
@@ -39,7 +39,7 @@ def record(name: str, figures: Mapping[str, Any], **circumstances: Any) -> None:
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(entry, indent=2) + "\n")
+    (RESULTS / f"{name}{suffix}.json").write_text(json.dumps(entry, indent=2) + "\n")
     print(json.dumps(entry, indent=2))
 
 
