@@ -61,7 +61,10 @@ def get_principal(connection: Connection, name: str) -> Principal:
         return _principal_of_row(row)
     if name in _BUILT_IN:
         return Principal(name=name, role=Role.ADMIN)
-    raise NotFound(f"there is no principal {name}; PUT /v1/principals/{name} makes one")
+    raise NotFound(
+        f"there is no principal {name}; an admin makes one with PUT /v1/principals/{name}, "
+        "or `syncbn keys create --role` on the service's machine"
+    )
 
 
 def put_principal(connection: Connection, name: str, terms: PrincipalTerms, now: datetime) -> bool:
