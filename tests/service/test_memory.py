@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,8 @@ from tests.service.store.telling import spec
 RAY = HttpUrl("http://head:8265")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    started = PostgresServer()
-    try:
-        started.start()
-        yield started
-    finally:
-        started.remove()
-
-
-def test_services_with_one_database_url_remember_the_same_jobs(tmp_path: Path, server: PostgresServer) -> None:
-    url = server.url(server.new_database())
+def test_services_with_one_database_url_remember_the_same_jobs(tmp_path: Path, postgresql: PostgresServer) -> None:
+    url = postgresql.url(postgresql.new_database())
     first, second = (open_store(Settings(data_dir=tmp_path / name, database_url=url)) for name in ("a", "b"))
     job, _ = first.create(spec())
     assert second.get(job.id) == job

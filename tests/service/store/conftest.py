@@ -11,23 +11,18 @@ from service.store.schema import metadata, schema_version
 from tests.postgresql import PostgresServer
 from tests.service.store.clock import Clock
 
+# Row by row, without the triggers that guard some: of a few rows that takes a tenth of the time of TRUNCATE.
+_FORGET_EVERYTHING = "; ".join(
+    ["SET session_replication_role = replica"]
+    + [f"DELETE FROM {name}" for name in metadata.tables if name != schema_version.name]
+)
+
 OpenStore = Callable[[], JobStore]
 
 
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[PostgresServer]:
-    """A server for the whole session (of each process, under ``pytest -n``)."""
-    server = PostgresServer()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +38,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> 
         if request.param == "postgresql":
             server: PostgresServer = request.getfixturevalue("postgresql")
             database: str = request.getfixturevalue("shared_database")
-            tables = ", ".join(name for name in metadata.tables if name != schema_version.name)
-            stack.callback(server.execute, f"TRUNCATE {tables}", database)
+            stack.callback(server.execute, _FORGET_EVERYTHING, database)
 
         def open_one() -> JobStore:
             if request.param == "sqlite":
