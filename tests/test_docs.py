@@ -20,6 +20,16 @@ def test_every_row_about_the_layer_names_a_test_that_exists() -> None:
         assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
 
+def test_every_answer_to_a_threat_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    _, rows, _ = re.split(r"^## (?:Threats, .*|The record)$", text, flags=re.MULTILINE)
+    threats = re.findall(r"^\| (?!threat|-)(.+) \| (.+) \| `([\w./]+\.py)::(test_\w+)` \|$", rows, re.MULTILINE)
+    assert len(threats) == rows.count("\n| ") - 1 > 30  # every row but the heading, and the line below it
+    for _, _, file, test in threats:
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_within_the_project_leads_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text())
