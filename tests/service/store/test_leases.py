@@ -3,13 +3,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pydantic import SecretStr
 
 from service.jobs import JobState, Phase
 from service.store import JobStore, Lease, LeaseLost
 from tests.postgresql import PostgresServer
 from tests.service.store.clock import Clock
 from tests.service.store.conftest import OpenStore
+from tests.service.store.rival import ask_for_the_lease
 from tests.service.store.telling import spec
 
 
@@ -124,33 +124,19 @@ def test_holders_that_take_turns_never_write_at_the_same_time(open_store: OpenSt
     assert written == sorted(written)
 
 
-def _fight(url: str, holder: str, start: "multiprocessing.Queue[str]", won: "multiprocessing.Queue[int]") -> None:
-    store = JobStore.connect(SecretStr(url))
-    start.get(timeout=60)
-    lease = store.acquire_lease("scheduler", holder, 60.0)
-    won.put(-1 if lease is None else lease.token)
-    store.close()
-
-
 def test_of_processes_that_ask_at_once_one_gets_the_lease(postgresql: PostgresServer) -> None:
-    url = postgresql.url(postgresql.new_database()).get_secret_value()
+    url = postgresql.url(postgresql.new_database())
+    store = JobStore.connect(url)
     context = multiprocessing.get_context("spawn")
-    start: multiprocessing.Queue[str] = context.Queue()
-    won: multiprocessing.Queue[int] = context.Queue()
-    fighters = [context.Process(target=_fight, args=(url, f"holder {n}", start, won)) for n in range(2)]
-    for fighter in fighters:
-        fighter.start()
+    start = context.Barrier(2)
+    rival = context.Process(target=ask_for_the_lease, args=(url.get_secret_value(), start))
+    rival.start()
     try:
-        for _ in fighters:
-            start.put("go")
-        assert sorted(won.get(timeout=60) for _ in fighters) == [-1, 1]
-        for fighter in fighters:
-            fighter.join(30)
-            assert fighter.exitcode == 0
+        start.wait(60)
+        lease = store.acquire_lease("scheduler", "me", 60.0)
+        rival.join(60)
+        assert rival.exitcode == (1 if lease is None else 0)
     finally:
-        for fighter in fighters:
-            if fighter.is_alive():
-                fighter.kill()
-                fighter.join()
-        start.close()
-        won.close()
+        rival.kill()
+        rival.join()
+        store.close()
