@@ -39,6 +39,7 @@ _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 30.0
 _OBJECT_STORE_BYTES = 80_000_000  # what Ray asks for at least; ranks exchange tensors over gloo or NCCL, not here
 _MAX_TEMP_DIR = 40  # a Unix socket's path ends at 107 letters, and Ray adds up to 66 of its own
+_RAYS_OWN = "s"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -108,7 +109,7 @@ def _ray_command(num_cpus: int, ports: dict[str, int], temp_dir: Path) -> list[s
         "--max-worker-port=0",
         f"--num-cpus={num_cpus}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
-        f"--temp-dir={temp_dir}",
+        f"--temp-dir={temp_dir / _RAYS_OWN}",
     ]
 
 
@@ -202,8 +203,13 @@ def _only_keeper(state_dir: Path) -> Iterator[bool]:
 
 
 def _short_temp_dir() -> Path:
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="syncbn-ray-", dir=folder if len(folder) <= _MAX_TEMP_DIR - 20 else "/tmp"))  # noqa: S108
+    """A folder that others of this machine cannot enter.
+
+    Ray opens its own below it to everyone, and writes every job's environment, an attempt's token too, into its logs.
+    """
+    folder, name_length = tempfile.gettempdir(), 20 + len(f"/{_RAYS_OWN}")
+    short_enough = len(folder) <= _MAX_TEMP_DIR - name_length
+    return Path(tempfile.mkdtemp(prefix="syncbn-ray-", dir=folder if short_enough else "/tmp"))  # noqa: S108
 
 
 def _free_ports(count: int) -> list[int]:

@@ -114,3 +114,11 @@ def test_a_record_of_another_process_is_not_believed(tmp_path: Path) -> None:
     assert not record.alive
     LocalRayHead(tmp_path, 1).stop()
     assert not is_gone(own.pid)
+
+
+def test_others_of_this_machine_cannot_enter_where_ray_writes(ray_head: LocalRayHead) -> None:
+    """Ray opens its own folder to everyone, and its logs tell the environment of every job."""
+    ray_head.ensure()
+    folder = Path(record_of(ray_head).temp_dir)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.rglob("raylet.out"))
