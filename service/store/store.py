@@ -68,7 +68,8 @@ class JobStore:
 
     Each method is one transaction. Raises: NotFound for what does not exist, Gone for what of an ended job has been
     forgotten (metrics, logs, and with its events' bodies evaluations and drift), StoreUnavailable when the database
-    does not answer (locked, disk full); then nothing has changed.
+    does not answer (locked, disk full, server away); then nothing has changed, unless the connection to a server
+    broke just as it confirmed a change. Every change may be asked for again: none is made twice.
     """
 
     def __init__(self, database: Database, clock: Callable[[], datetime] = utc_now) -> None:

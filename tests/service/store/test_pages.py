@@ -69,6 +69,28 @@ def _refusal(store: JobStore, cursor: str, **filters: Any) -> str:
     return refused.value.problems[0].code
 
 
+def test_pages_are_filtered_by_owner_and_time(store: JobStore, clock: Clock) -> None:
+    times = []
+    for index in range(6):
+        clock.advance(1)
+        times.append(clock.now)
+        store.create(spec(f"job {index}"), owner="anna" if index % 2 else "bert")
+
+    def names(**wanted: Any) -> list[str]:
+        return [job.spec.name for job in store.list_jobs(**wanted).items]
+
+    assert names(owner="anna") == ["job 5", "job 3", "job 1"]
+    assert names(owner="nobody") == []
+    assert names(created_after=times[1], created_before=times[4]) == ["job 3", "job 2", "job 1"]
+    assert names(created_before=times[2]) == ["job 1", "job 0"]
+    assert names(created_after=times[2]) + names(created_before=times[2]) == names()  # spans follow each other
+    assert names(owner="bert", created_after=times[2], limit=1) == ["job 4"]
+    first = store.list_jobs(1, owner="bert", created_after=times[2])
+    second = store.list_jobs(1, first.next_cursor, owner="bert", created_after=times[2])
+    assert [job.spec.name for job in second.items] == ["job 2"]
+    assert second.next_cursor is None
+
+
 @pytest.mark.parametrize("cursor", ["", "x", "é", "=", base64.urlsafe_b64encode(b"tomorrow job_1" * 3).decode()])
 def test_a_cursor_that_was_not_made_here_is_refused(store: JobStore, cursor: str) -> None:
     assert _refusal(store, cursor) == "cursor_invalid"
