@@ -1,12 +1,17 @@
-"""A service that is stopped takes its jobs along, and they lose nothing by it."""
+"""Jobs that are stopped on the way, by their owner or with the service, and lose nothing by it."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import httpx2
 import pytest
+import torch
 
-from service.jobs import JobState, Reason
-from tests.e2e.conftest import RunningService, small_spec, wait_for
+from service.client import Client
+from service.jobs import Job, JobSpec, JobState, Reason, StepMetrics
+from service.training.loop import RankContext, train
+from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 from tests.e2e.test_job import LONG, wait_for_step
 
 SELDOM = {"evaluate_every_steps": LONG, "drift_every_steps": LONG, "checkpoint_every_steps": LONG}
@@ -43,3 +48,49 @@ def test_a_job_goes_on_at_the_very_step_where_the_service_was_stopped(own_servic
         assert [e.body["resumed_step"] for e in events if e.type == "rank_started"] == [0, saved]
         steps = client.metric(job.id, "train/loss", rank=0, max_points=5000).steps
         assert steps[:saved] == tuple(range(1, saved + 1))
+
+
+def asked(service: RunningService, job_id: str, verb: str, **wish: object) -> Job:
+    """The service's answer to a verb."""
+    answer = httpx2.post(f"{service.url}/v1/jobs/{job_id}:{verb}", json=wish, timeout=30.0)
+    answer.raise_for_status()
+    return Job.model_validate_json(answer.content)
+
+
+def wait_for_state(client: Client, job_id: str, state: JobState) -> Job:
+    def reached() -> Job | None:
+        job = client.job(job_id)
+        return job if job.state is state else None
+
+    return wait_for(f"{job_id} to be {state}", reached, 90.0)
+
+
+def losses_of_one_process(spec: JobSpec, num_steps: int, storage: Path) -> list[float]:
+    """The first losses of the job, uninterrupted and without a service."""
+    alone = spec.model_copy(update={"num_workers": 1, "batch_size_per_worker": spec.global_batch_size})
+    events = train(alone, RankContext(0, 1, torch.device("cpu"), storage))
+    steps = (event.loss for event in events if isinstance(event, StepMetrics))
+    return list(islice(steps, num_steps))
+
+
+def test_a_paused_job_goes_on_with_fewer_workers_and_the_same_losses(
+    service: RunningService, client: Client, tmp_path: Path
+) -> None:
+    job = client.submit(small_spec("moved", max_steps=LONG, precision="float64", cadence=SELDOM))
+    wait_for_step(client, job.id, 10)
+    asked(service, job.id, "pause")
+    paused = wait_for_state(client, job.id, JobState.PAUSED)
+    (saved,) = [e.body["step"] for e in client.events(job.id) if e.type == "checkpoint"]
+    assert f"step {saved}" in paused.detail
+    resumed = asked(service, job.id, "resume", num_workers=1)
+    assert (resumed.spec.num_workers, resumed.spec.batch_size_per_worker) == (1, 16)
+    wait_for_step(client, job.id, saved + 10)
+    client.cancel(job.id)
+    (certificate,) = [e.body for e in client.events(job.id) if e.type == "resume_certificate"]
+    assert (certificate["exact"], certificate["saved_by_num_workers"], certificate["num_workers"]) == (True, 2, 1)
+    series = client.metric(job.id, "train/loss", rank=0, max_points=5000)
+    assert series.steps[: saved + 10] == tuple(range(1, saved + 11))
+    expected = losses_of_one_process(job.spec, saved + 10, tmp_path)
+    # Roundings grow over hundreds of steps; a step of other images would be off by far more.
+    assert series.values[saved : saved + 10] == pytest.approx(expected[saved:], rel=1e-6)
+    wait_until_ended(client, job.id)
