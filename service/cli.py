@@ -3,22 +3,23 @@
 import json
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel
 from rich.console import Console
 
 from service import display
 from service.client import Client
+from service.connection import checked, open_client
 from service.errors import FieldProblem, InvalidRequest, ServiceError
 from service.jobs import JobSpec, JobState
 from service.keys_cli import keys_app
 from service.log import configure_log
 from service.maintenance import maintenance_app
 from service.settings import ClientSettings, Settings
+from service.steering_cli import steering_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,8 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(maintenance_app)
-
-_Model = TypeVar("_Model", bound=BaseModel)
+app.add_typer(steering_app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job id, as `syncbn list` shows it.")]
@@ -59,7 +59,7 @@ def serve(
     from service.composition import serve as run_service  # imports the web and cluster parts, needed here alone
 
     chosen = {"data_dir": data_dir, "host": host, "port": port}
-    settings = _checked(lambda: Settings(**{name: value for name, value in chosen.items() if value is not None}))  # type: ignore[arg-type]
+    settings = checked(lambda: Settings(**{name: value for name, value in chosen.items() if value is not None}))  # type: ignore[arg-type]
     configure_log(as_json=as_json)
     run_service(settings, lambda url: _announce(url, settings, as_json))
 
@@ -76,7 +76,7 @@ def submit(
 ) -> None:
     """Submit a training job."""
     spec = _read_spec(spec_file, assignments)
-    with _client() as client:
+    with open_client() as client:
         job = client.submit(spec, idempotency_key=idempotency_key)
         if as_json:
             _print_json(job)
@@ -93,7 +93,7 @@ def list_jobs(
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, newest first."""
-    with _client() as client:
+    with open_client() as client:
         page = client.jobs(states=state or None, limit=limit)
     if as_json:
         _print_json(page)
@@ -108,7 +108,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show where a job stands, or its report."""
-    with _client() as client:
+    with open_client() as client:
         answer = client.report(job) if report else client.job(job)
     if as_json:
         _print_json(answer)
@@ -119,14 +119,14 @@ def show(
 @app.command()
 def watch(job: JobArgument, as_json: JsonOption = False) -> None:
     """Follow a job until it ends; the exit status is 0 only if it succeeded."""
-    with _client() as client:
+    with open_client() as client:
         _watch(client, job, as_json)
 
 
 @app.command()
 def logs(job: JobArgument, as_json: JsonOption = False) -> None:
     """Print what a job's workers and runner have logged so far."""
-    with _client() as client:
+    with open_client() as client:
         after = 0
         while records := client.logs(job, after=after):
             after = records[-1].seq
@@ -135,34 +135,17 @@ def logs(job: JobArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def cancel(job: JobArgument, as_json: JsonOption = False) -> None:
-    """Cancel a job; cancelling it again changes nothing."""
-    with _client() as client:
-        answer = client.cancel(job)
-    if as_json:
-        _print_json(answer)
-    else:
-        Console().print(f"{answer.id} is {answer.state}")
-
-
-@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Look for what most often goes wrong on a machine and say the remedy; exit status 1 if anything is."""
     from service.doctor import examine  # imports torch and ray to see whether they can be
 
-    findings = examine(_checked(Settings), _checked(ClientSettings))
+    findings = examine(checked(Settings), checked(ClientSettings))
     if as_json:
         typer.echo(json.dumps([finding.model_dump() for finding in findings]))
     else:
         Console().print(display.findings_table(findings))
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
-
-
-def _client() -> Client:
-    settings = _checked(ClientSettings)
-    token: SecretStr | None = settings.api_token
-    return Client(str(settings.url), token.get_secret_value() if token else None)
 
 
 def _watch(client: Client, job_id: str, as_json: bool) -> None:
@@ -185,7 +168,7 @@ def _read_spec(path: Path, assignments: list[str]) -> JobSpec:
         raise InvalidRequest([FieldProblem("", "not_an_object", f"{path} must hold one object of fields")])
     for assignment in assignments:
         _assign(fields, assignment)
-    return _checked(lambda: JobSpec.model_validate(fields))
+    return checked(lambda: JobSpec.model_validate(fields))
 
 
 def _assign(fields: dict[str, Any], assignment: str) -> None:
@@ -199,15 +182,6 @@ def _assign(fields: dict[str, Any], assignment: str) -> None:
         fields[last] = json.loads(text)
     except ValueError:
         fields[last] = text
-
-
-def _checked(build: Callable[[], _Model]) -> _Model:
-    try:
-        return build()
-    except ValidationError as error:
-        raise InvalidRequest(
-            [FieldProblem("/" + "/".join(map(str, e["loc"])), e["type"], e["msg"]) for e in error.errors()]
-        ) from None
 
 
 def _announce(url: str, settings: Settings, as_json: bool) -> None:

@@ -95,9 +95,38 @@ class Client:
         wanted = {"limit": limit, "cursor": cursor, "state": sorted(states) if states else None, "name": name}
         return JobPage.model_validate_json(self._ask("GET", "/v1/jobs", params=wanted).content)
 
-    def cancel(self, job_id: str) -> Job:
-        """Cancel the job; cancelling again changes nothing."""
-        return Job.model_validate_json(self._ask("POST", f"{_path(job_id)}:cancel").content)
+    def cancel(self, job_id: str, checkpoint: bool = False) -> Job:
+        """Cancel the job, which may save a checkpoint first; cancelling again changes nothing."""
+        return self._steer(job_id, "cancel", params={"checkpoint": checkpoint or None})
+
+    def pause(self, job_id: str) -> Job:
+        """Let the job save a checkpoint and give its resources back; pausing again changes nothing."""
+        return self._steer(job_id, "pause")
+
+    def resume(self, job_id: str, num_workers: int | None = None) -> Job:
+        """Queue a paused job again, if wanted with other workers; one that is not paused any more is left alone."""
+        return self._steer(job_id, "resume", json={} if num_workers is None else {"num_workers": num_workers})
+
+    def checkpoint(self, job_id: str) -> Job:
+        """Ask a job that runs to save a checkpoint now; an event ``checkpoint`` tells when it has."""
+        return self._steer(job_id, "checkpoint")
+
+    def retry(self, job_id: str, from_checkpoint: bool | int | None = None, idempotency_key: str | None = None) -> Job:
+        """A new job of one that is over: from its newest checkpoint, the beginning (False), or that of a step.
+
+        By default from the newest checkpoint, if any, of a job that did not succeed, and else from the beginning.
+        """
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._steer(job_id, "retry", json={"from_checkpoint": from_checkpoint}, headers=headers)
+
+    def set_priority(self, job_id: str, priority: int, version: int | None = None) -> Job:
+        """Put the job before or behind others of its owner; with ``version``, only while it still has that one.
+
+        Raises: PreconditionFailed where it has another.
+        """
+        headers = {} if version is None else {"If-Match": f'"{version}"'}
+        answer = self._ask("PATCH", _path(job_id), json={"priority": priority}, headers=headers)
+        return Job.model_validate_json(answer.content)
 
     def report(self, job_id: str) -> JobReport:
         """Whether the job converges, and whether its running statistics can be trusted."""
@@ -185,6 +214,9 @@ class Client:
                 yield from httpx2.EventSource(answer)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
+
+    def _steer(self, job_id: str, verb: str, **request: Any) -> Job:
+        return Job.model_validate_json(self._ask("POST", f"{_path(job_id)}:{verb}", **request).content)
 
     def _items(self, path: str, params: Mapping[str, Any]) -> list[Any]:
         return list(_json_object(self._ask("GET", path, params=params))["items"])

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from service.client import Client
 from service.errors import InvalidRequest, ServiceError
-from service.jobs import DriftColour, Job, JobReport, LogRecord
+from service.jobs import ANONYMOUS, DriftColour, Job, JobReport, LogRecord
 from service.jobs import Progress as JobProgress
 
 if TYPE_CHECKING:
@@ -37,14 +37,19 @@ def print_error(console: Console, error: ServiceError) -> None:
 
 def job_table(jobs: Iterable[Job]) -> Table:
     """One line for each job."""
+    jobs = list(jobs)
+    owners = any(job.owner != ANONYMOUS for job in jobs)
     job_id = Column("job", no_wrap=True)  # is copied into the next command, so it is never cut
-    table = Table(job_id, "name", "state", "step", "loss", "accuracy", "created", box=None)
+    table = Table(
+        job_id, *(["owner"] if owners else []), "name", "state", "step", "loss", "accuracy", "created", box=None
+    )
     for job in jobs:
         progress = job.progress
         table.add_row(
             job.id,
+            *([job.owner] if owners else []),
             job.spec.name,
-            str(job.state) + (f" ({job.phase})" if job.phase else ""),
+            _standing(job),
             f"{progress.step}/{progress.total_steps}" if progress else "",
             _number(progress.train_loss if progress else None),
             _percent(progress.validation_accuracy if progress else None),
@@ -56,8 +61,12 @@ def job_table(jobs: Iterable[Job]) -> Table:
 def job_panel(job: Job) -> RenderableType:
     """Everything about one job that is not its report."""
     rows: list[tuple[str, str]] = [
-        ("state", str(job.state) + (f", {job.phase}" if job.phase else "") + (" (stale)" if job.stale else "")),
+        ("owner", job.owner if job.owner != ANONYMOUS else ""),
+        ("state", _standing(job) + (" (stale)" if job.stale else "")),
         ("why", f"{job.reason}: {job.detail}" if job.reason else job.detail),
+        ("starts after", ", ".join(job.spec.after)),
+        ("takes up", job.retry_of or ""),
+        ("begins from", escape(job.start_checkpoint or "")),
         ("model", f"{job.spec.model.name} on {job.spec.data}"),
         ("normalization", f"{job.spec.normalization} over {job.spec.normalization_batch_size} images"),
         ("workers", f"{job.spec.num_workers} with {job.spec.batch_size_per_worker} images each"),
@@ -134,6 +143,14 @@ def watch(console: Console, client: Client, job_id: str) -> None:
                 _show_progress(bar, task, JobProgress.model_validate(payload))
             elif (line := _event_line(kind, payload)) is not None:
                 bar.console.print(line, highlight=False)
+
+
+def _standing(job: Job) -> str:
+    """The state, with phase, place in the queue, and priority where that is not the usual one."""
+    place = f"place {job.queue_position}" if job.queue_position is not None else ""
+    priority = f"priority {job.spec.priority}" if job.spec.priority and not job.state.terminal else ""
+    more = ", ".join(filter(None, (job.phase, place, priority)))
+    return f"{job.state} ({more})" if more else str(job.state)
 
 
 def _compared(report: JobReport) -> dict[str, str]:

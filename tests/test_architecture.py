@@ -53,7 +53,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "service/client.py": {"service.jobs", "service.errors", "pydantic", "httpx2"},
     "service/display.py": {"service.jobs", "service.errors", "service.client", "service.doctor", "rich"},
+    "service/connection.py": {"service.client", "service.errors", "service.settings", "pydantic"},
+    "service/steering_cli.py": {
+        "service.jobs",
+        "service.errors",
+        "service.client",
+        "service.connection",
+        "rich",
+        "typer",
+    },
     "service/cli.py": {
+        "service.connection",
+        "service.steering_cli",
         "service.jobs",
         "service.errors",
         "service.client",

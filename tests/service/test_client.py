@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.client import Client, ServiceUnreachable
-from service.errors import Conflict, InvalidRequest, NotFound, ServiceError, Unauthorized
+from service.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, ServiceError, Unauthorized
 from service.jobs import Job, JobState, LogLine, Progress
 from service.store import JobStore
 from tests.service.api.house import House
@@ -39,6 +39,28 @@ def test_a_job_is_submitted_listed_and_cancelled(client: Client, house: House) -
     assert [found.id for found in client.jobs(cursor=page.next_cursor).items] == [job.id]
     assert client.cancel(job.id).state is JobState.CANCELLED
     assert [found.id for found in client.jobs(states=[JobState.CANCELLED], name="digits").items] == [job.id]
+
+
+def test_a_job_is_paused_resumed_saved_put_forward_and_taken_up_again(client: Client, house: House) -> None:
+    job, _ = house.running_job()
+    assert client.checkpoint(job.id).checkpoint_requests == 1
+    assert client.pause(job.id).state is JobState.PAUSING
+    house.store.transition(house.store.get(job.id), JobState.PAUSED)
+    resumed = client.resume(job.id, num_workers=1)
+    assert (resumed.state, resumed.spec.num_workers, resumed.spec.batch_size_per_worker) == (JobState.QUEUED, 1, 64)
+    assert client.resume(job.id).version == resumed.version
+    changed = client.set_priority(job.id, 3, version=resumed.version)
+    assert (changed.spec.priority, changed.version) == (3, resumed.version + 1)
+    with pytest.raises(PreconditionFailed, match=f"version {changed.version}"):
+        client.set_priority(job.id, 4, version=resumed.version)
+    with pytest.raises(Conflict, match=":cancel it first"):
+        client.retry(job.id)
+    client.cancel(job.id)
+    new = client.retry(job.id, from_checkpoint=False, idempotency_key="again")
+    assert (new.retry_of, new.spec) == (job.id, changed.spec)
+    assert client.retry(job.id, idempotency_key="again").id == new.id
+    running, _ = house.running_job()
+    assert client.cancel(running.id, checkpoint=True).stop_saves
 
 
 def test_what_a_job_told_is_read(client: Client, house: House) -> None:
