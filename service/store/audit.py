@@ -12,7 +12,7 @@ from service.store.cursors import Cursors
 from service.store.engine import Database
 from service.store.schema import audit
 
-_MAX_LENGTH = 500
+_MAX_LENGTH = {"action": 500, "target": 500, "detail": 10_000}
 """Paths come from outside and may be of any length; what is beyond this is cut."""
 
 
@@ -27,8 +27,8 @@ class AuditTrail:
     def append(self, entry: AuditEntry) -> None:
         """Add the entry, less any API key that its texts may hold."""
         values = entry.model_dump() | {"time": self._clock()}
-        for name in ("action", "target", "detail"):
-            values[name] = redacted(values[name])[:_MAX_LENGTH]
+        for name, length in _MAX_LENGTH.items():
+            values[name] = redacted(values[name])[:length]
         with self._database.write() as connection:
             connection.execute(insert(audit).values(values))
 
