@@ -64,10 +64,10 @@ def show_job(job: ExistingJob, response: Response) -> Job:
     return tell_version(response, job)
 
 
-@router.get("/{job_id}/report", summary="Report on a job", responses=answers(400, 401, 404, 503))
+@router.get("/{job_id}/report", summary="Report on a job", responses=answers(400, 401, 404, 410, 503))
 def report(job: ExistingJob, store: Store) -> JobReport:
     """Whether the job converges, and whether its running statistics can be trusted."""
-    losses = store.metric(job.id, "train/loss", max_points=None)
+    losses = store.training_loss(job.id)
     start = store.start_of(job.id)
     return report_job(
         job,

@@ -15,13 +15,13 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"], responses=ans
 _Step = Annotated[int | None, Query(ge=0, le=MAX_COUNT)]
 
 
-@router.get("/metrics", summary="List metrics")
+@router.get("/metrics", summary="List metrics", responses=answers(410))
 def metric_names(job_id: str, store: Store) -> Items[str]:
     """The names of the metrics that the job has points of."""
     return Items[str](items=tuple(store.metric_names(job_id)))
 
 
-@router.get("/metrics/{name:path}", summary="Read a metric")
+@router.get("/metrics/{name:path}", summary="Read a metric", responses=answers(410))
 def read_metric(
     job_id: str,
     name: str,
@@ -35,7 +35,7 @@ def read_metric(
     return store.metric(job_id, name, rank=rank, first_step=first_step, last_step=last_step, max_points=max_points)
 
 
-@router.get("/drift", summary="Read drift")
+@router.get("/drift", summary="Read drift", responses=answers(410))
 def read_drift(
     job_id: str,
     store: Store,

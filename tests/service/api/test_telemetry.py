@@ -5,6 +5,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.jobs import Drift, IngestBatch, JobState, LogLine, MetricSeries, attempt_id
+from service.store import Retention
 from tests.service.api.house import House
 from tests.service.store.telling import batch, drift, evaluation, spec, started, step
 
@@ -47,6 +48,25 @@ def test_non_finite_numbers_are_strings_everywhere(client: TestClient, house: Ho
     assert told["/events"]["items"][4]["body"]["stored"]["loss"] == "NaN"
     series = MetricSeries.model_validate(told["/metrics/train/loss"])
     assert math.isnan(series.values[0])
+
+
+def test_what_has_been_forgotten_is_gone_and_what_happened_is_not(client: TestClient, house: House) -> None:
+    job, _ = house.running_job(started(), step(1), evaluation(1), drift(1, bn=0.5))
+    house.store.transition(job, JobState.SUCCEEDED)
+    house.store.forget(Retention(metrics_days=0, logs_days=0, events_days=0))
+    for path, what in {
+        "metrics": "metrics",
+        "metrics/train/loss": "metrics",
+        "report": "metrics",
+        "drift": "events",
+        "logs": "logs",
+    }.items():
+        answer = client.get(f"/v1/jobs/{job.id}/{path}")
+        assert (answer.status_code, answer.json()["code"], answer.json()["retryable"]) == (410, "gone", False)
+        assert f"the {what} of {job.id} were forgotten at 2" in answer.json()["detail"]
+    assert client.get(f"/v1/jobs/{job.id}").json()["state"] == "succeeded"
+    events = client.get(f"/v1/jobs/{job.id}/events").json()["items"]
+    assert [event["type"] for event in events][3:] == ["rank_started", "evaluation", "drift", "state_changed"]
 
 
 def test_drift_can_be_read_for_one_layer(client: TestClient, house: House) -> None:
