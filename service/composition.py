@@ -19,7 +19,7 @@ from service.cluster.head import LocalRayHead
 from service.cluster.job_server import RayJobServer
 from service.cluster.launcher import RayLauncher
 from service.confinement import data_problems
-from service.errors import ServiceError, StoreUnavailable
+from service.errors import ClusterUnreachable, ServiceError, StoreUnavailable
 from service.exposure import refuse_exposure
 from service.lock import lock_data_folder
 from service.memory import open_store, refuse_unshared_cluster
@@ -154,8 +154,10 @@ def _connect_cluster(settings: Settings) -> tuple[RayLauncher, LocalRayHead | No
 
 
 def _stop_head(head: LocalRayHead, store: JobStore) -> None:
-    set_aside(store)
-    head.stop()
+    try:
+        set_aside(store)
+    finally:
+        head.stop()
 
 
 def _say_farewell(
@@ -165,7 +167,10 @@ def _say_farewell(
     if scheduler.cluster_status != "ok":
         return  # the head is starting or gone: nothing runs on it
     scheduling.join(_FAREWELL_S)  # or it would take the attempts' ends for accidents
-    let_attempts_leave(store, launcher, _FAREWELL_S, hurried=lambda: server.force_exit)
+    try:
+        let_attempts_leave(store, launcher, _FAREWELL_S, hurried=lambda: server.force_exit)
+    except (ClusterUnreachable, StoreUnavailable) as error:
+        _log.warning("leaving without waiting for jobs to save and report", error=str(error))
 
 
 def _cut_start_short(head: LocalRayHead, scheduler: Scheduler, stopping: threading.Event) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import structlog
 
-from service.errors import ClusterUnreachable
 from service.jobs import Attempt, JobState, Outcome, Reason, attempt_id
 from service.scheduler.launcher import Launcher
 from service.store import JobStore
@@ -21,15 +20,13 @@ def let_attempts_leave(store: JobStore, launcher: Launcher, timeout_s: float, hu
 
     To be called while runners can still post, and when no scheduler acts any more. An attempt that has not reported
     yet is stopped and not waited for: it has nothing to tell.
+
+    Raises: ClusterUnreachable, StoreUnavailable where they do not answer: there is nothing to wait for then.
     """
     deadline = time.monotonic() + timeout_s
     awaited = [job for job in store.unfinished() if job.state in _WITH_RUNNER]
     for job in awaited:
-        try:
-            launcher.stop(attempt_id(job.id, job.attempt))
-        except ClusterUnreachable as error:
-            _log.warning("the cluster does not answer, so its jobs cannot save", error=str(error))
-            return
+        launcher.stop(attempt_id(job.id, job.attempt))
     while time.monotonic() < deadline and not hurried():
         awaited = [job for job in awaited if _has_more_to_tell(store.attempt(job.id, job.attempt))]
         if not awaited:

@@ -48,7 +48,12 @@ def find_checkpoint(context: RankContext, fingerprint: str) -> LatestCheckpoint:
 
 
 def _of_another_job(path: Path, fingerprint: str, problems: tuple[str, ...]) -> LatestCheckpoint:
-    checkpoint = read_checkpoint(path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except UnusableCheckpoint as error:
+        raise UnusableCheckpoint(
+            f"the start checkpoint {path} cannot be used: {error}; start from another one, or from the beginning"
+        ) from error
     if checkpoint.fingerprint != fingerprint:
         raise UnusableCheckpoint(
             f"the start checkpoint {path} belongs to a job with other numbers (model, data, optimizer, seed or global "

@@ -50,7 +50,7 @@ class Stage:
     storage: Path
     images: Path
 
-    def launch(self, **changes: Any) -> LaunchRequest:
+    def launch(self, start_checkpoint: str | None = None, **changes: Any) -> LaunchRequest:
         """Start an attempt of a small job, which would train for very long if nothing else is said."""
         quiet = Cadence(evaluate_every_steps=10**6, drift_every_steps=10**6, checkpoint_every_steps=10**6)
         fields: dict[str, Any] = {
@@ -65,6 +65,7 @@ class Stage:
             spec=JobSpec(**(fields | changes)),
             ingest_url=self.receiver.url,
             storage=str(self.storage),
+            start_checkpoint=start_checkpoint,
         )
         self.launcher.launch(request, self.receiver.token)
         return request
@@ -221,6 +222,13 @@ def test_an_error_in_training_comes_home_with_its_traceback(stage: Stage) -> Non
     told = [line.text for line in stage.receiver.of_type(LogLine) if line.level == "error"]
     assert "Traceback (most recent call last):" in told
     assert stage.ends(request) is LaunchState.FAILED
+
+
+def test_a_start_checkpoint_that_is_not_there_is_named(stage: Stage) -> None:
+    stage.launch(start_checkpoint="/nowhere/step-00000001.pt", num_workers=1)
+    ended = stage.receiver.wait_for(lambda: stage.receiver.ended, STARTS_S)
+    assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.CHECKPOINT_UNUSABLE)
+    assert "/nowhere/step-00000001.pt" in ended.detail
 
 
 def test_a_job_without_room_is_told_so(stage: Stage) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs import TELEMETRY_EVENT, Evaluation, JobSpec, RankStarted, StepMetrics, TrainingFinished
+from service.jobs import (
+    TELEMETRY_EVENT,
+    Cadence,
+    CheckpointSaved,
+    Evaluation,
+    JobSpec,
+    RankStarted,
+    StepMetrics,
+    StoppedEarly,
+    TrainingFinished,
+)
 from service.training.checkpoint import latest_checkpoint
 from tests.service.training.idx_files import write_data_set
 
@@ -44,6 +54,25 @@ def test_a_process_alone_is_a_world_of_one(tmp_path: Path) -> None:
     done = _run([], _spec(tmp_path, num_workers=1), tmp_path / "job")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["type"] == "training_finished"
+
+
+def test_a_process_that_is_terminated_saves_first(tmp_path: Path) -> None:
+    spec = _spec(tmp_path, num_workers=1, max_steps=10**6, cadence=dict.fromkeys(Cadence.model_fields, 10**6))
+    command = [sys.executable, "-m", "service.training", str(spec), "--storage", str(tmp_path / "job")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while '"type":"step"' not in (line := process.stdout.readline()):
+            assert line, "it ended before its first step"
+        process.terminate()
+        rest, _ = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+    assert process.returncode == 3
+    *_, saved, stopped = (TELEMETRY_EVENT.validate_json(line) for line in rest.splitlines())
+    assert isinstance(saved, CheckpointSaved)
+    assert stopped == StoppedEarly(step=saved.step, checkpoint_saved=True)
 
 
 def test_too_few_processes_are_told_how_to_be_more(tmp_path: Path) -> None:
