@@ -1,17 +1,21 @@
 """The gate before ``/v1`` and ``/metrics``: who asks is known, and has not asked too often, before a body is read."""
 
+from anyio import move_on_after
 from anyio.to_thread import run_sync
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.doorkeeper import Doorkeeper
 from service.api.problems import from_error
 from service.api.rates import Rate, RateLimits, Standing, neighbourhood
-from service.errors import ServiceError, TooManyRequests, Unauthorized
+from service.errors import ServiceError, StoreUnavailable, TooManyRequests, Unauthorized
 from service.jobs import ANONYMOUS, Caller
 
 GUARDED = "/v1/"
+RECHECK_S = 15.0
+"""How soon an open stream notices that its key was revoked or has expired."""
+
 _OWN_TOKENS = "/v1/attempts/"
 """Where attempts report, with tokens of their own that the store judges."""
 _METRICS = "/metrics"
@@ -24,26 +28,60 @@ class Gate:
     is counted.
     """
 
-    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, limits: RateLimits) -> None:
+    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, limits: RateLimits, recheck_s: float = RECHECK_S) -> None:
         self._app = app
         self._doorkeeper = doorkeeper
+        self._recheck_s = recheck_s
         self._requests = Rate("requests", limits.requests)
         self._refusals = Rate("refusals", limits.refusals)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer 401, 429, or 503 where the store cannot tell who asks."""
-        if guarded(scope):
-            try:
-                scope["state"]["caller"] = await self._let_in(scope)
-            except ServiceError as error:
-                await from_error(Request(scope), error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if not guarded(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            scope["state"]["caller"] = await self._let_in(scope)
+        except ServiceError as error:
+            await from_error(Request(scope), error)(scope, receive, send)
+        else:
+            await self._attend(scope, receive, send)
+
+    async def _attend(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on; what is still being told when the key has ended, ends as if its holder had left."""
+        key = _bearer_of(scope)
+        ended = completed = False
+
+        async def receive_while_good() -> Message:
+            nonlocal ended
+            while not ended:
+                with move_on_after(self._recheck_s):
+                    return await receive()
+                ended = not await run_sync(self._still_good, key)
+            return {"type": "http.disconnect"}
+
+        async def send_noted(message: Message) -> None:
+            nonlocal completed
+            completed = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        await self._app(scope, receive_while_good, send_noted)
+        if ended and not completed:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _still_good(self, key: str | None) -> bool:
+        try:
+            self._doorkeeper.identify(key)
+        except Unauthorized:
+            return False
+        except StoreUnavailable:
+            return True  # a database that is away for a moment ends no stream
+        return True
 
     async def _let_in(self, scope: Scope) -> Caller:
         address = neighbourhood(client_address(scope))
         before = self._refusals.look(address)
-        key = _bearer(Headers(scope=scope).get("authorization", ""))
+        key = _bearer_of(scope)
         try:
             caller = await run_sync(lambda: self._doorkeeper.identify(key, try_token=before.allowed))
         except Unauthorized:
@@ -80,6 +118,6 @@ def _of_attempt(scope: Scope) -> bool:
     return str(scope["path"]).startswith(_OWN_TOKENS)
 
 
-def _bearer(header: str) -> str | None:
-    scheme, _, key = header.partition(" ")
+def _bearer_of(scope: Scope) -> str | None:
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
     return key.strip() or None if scheme.lower() == "bearer" else None

@@ -1,11 +1,16 @@
 import time
 
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
+from service.api.doorkeeper import Doorkeeper
+from service.api.gate import Gate
 from service.api.rates import Rate, RateLimits, neighbourhood
 from service.jobs import Role
 from tests.service.api.house import House
+from tests.service.api.live import listening
+from tests.service.store.telling import spec
 
 TOKEN = "operator-token-of-the-tests"
 OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
@@ -95,6 +100,24 @@ def test_after_too_many_wrong_keys_guessing_goes_on_in_the_dark(house: House) ->
         assert client.get("/v1/whoami").status_code == 429
         assert client.get("/v1/whoami", headers=OPERATOR).status_code == 429
         assert client.get("/v1/whoami", headers=alice).status_code == 200
+
+
+def test_a_stream_ends_soon_after_its_key(house: House) -> None:
+    job, _ = house.store.create(spec(), owner="alice")
+    alice = house.key("alice", Role.READER)
+    app = house.app()
+    app.add_middleware(Gate, doorkeeper=Doorkeeper(house.store, None), limits=RateLimits(), recheck_s=0.1)
+    with (
+        listening(app) as url,
+        httpx2.Client(base_url=url, headers=alice, trust_env=False, timeout=30) as client,
+        client.stream("GET", f"/v1/jobs/{job.id}/stream") as answer,
+    ):
+        messages = iter(httpx2.EventSource(answer))
+        assert next(messages).event == "event"
+        assert client.get("/v1/whoami").status_code == 200
+        house.store.keys.revoke(house.store.keys.page()[0].id)
+        assert "end" not in [message.event for message in messages]
+        assert client.get("/v1/whoami").status_code == 401
 
 
 def test_right_keys_are_no_refusals(house: House) -> None:
