@@ -14,6 +14,9 @@ from service.store.jobs import change_state, compare_and_set, get_job
 from service.store.leases import Lease, require_lease
 from service.store.schema import jobs
 
+_MAX_NAMED = 256
+"""Up to this number of workers the possible ones are named."""
+
 
 def request_checkpoint(connection: Connection, job_id: str, now: datetime) -> Job:
     """Ask the job's newest attempt for a checkpoint. The job is locked from being read on.
@@ -35,6 +38,8 @@ def resume_job(connection: Connection, job: Job, num_workers: int | None, now: d
 
     Of writers that saw the same job one wins. Raises: Conflict; InvalidRequest where the images cannot be spread so.
     """
+    if job.state is not JobState.PAUSED:
+        raise Conflict(f"{job.id} is {job.state}; only a paused job can be resumed")
     spec = job.spec if num_workers is None else _spread(job.spec, num_workers)
     changed = None if spec == job.spec else spec
     resumed = change_state(connection, job, JobState.QUEUED, phase=None, reason=None, detail="", now=now, spec=changed)
@@ -51,8 +56,8 @@ def resume_job(connection: Connection, job: Job, num_workers: int | None, now: d
 def _spread(spec: JobSpec, num_workers: int) -> JobSpec:
     images = spec.global_batch_size
     if num_workers < 1 or images % num_workers:
-        possible = [str(n) for n in range(1, images + 1) if images % n == 0]
-        text = f"{num_workers} workers cannot share {images} images a step evenly; possible are {', '.join(possible)}"
+        possible = ", ".join(str(n) for n in range(1, min(images, _MAX_NAMED) + 1) if images % n == 0)
+        text = f"{num_workers} workers cannot share {images} images a step evenly; possible are {possible}"
         raise InvalidRequest([FieldProblem("/num_workers", "batch_indivisible", text)])
     size = {"num_workers": num_workers, "batch_size_per_worker": images // num_workers}
     try:
@@ -75,7 +80,7 @@ def set_priority(connection: Connection, job: Job, priority: int, now: datetime)
         problems = [FieldProblem("/priority", problem["type"], problem["msg"]) for problem in error.errors()]
         raise InvalidRequest(problems) from error
     changes = {"spec": spec.model_dump_json(), "priority": priority, "updated_at": now}
-    if priority != job.spec.priority:
+    if priority != get_job(connection, job.id, now, lock=True).spec.priority:
         compare_and_set(connection, job, changes, now)
         body = json.dumps({"from": job.spec.priority, "to": priority})
         append_events(connection, job.id, [NewEvent(now, PRIORITY_CHANGED, body, job.attempt or None)])

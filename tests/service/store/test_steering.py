@@ -82,7 +82,10 @@ def test_the_time_in_a_state_is_known_and_nothing_else_moves_it(store: JobStore,
 def test_a_paused_job_goes_on_with_other_workers_and_the_same_images_a_step(store: JobStore) -> None:
     made = JobSpec(name="digits", num_workers=4, batch_size_per_worker=30, max_steps=9)
     job, _ = store.create(made)
-    with pytest.raises(Conflict, match="queued"):
+    with pytest.raises(Conflict, match="is queued; only a paused job"):
+        store.resume(job)
+    job = walk(store, job, S.STARTING, S.RECOVERING)
+    with pytest.raises(Conflict, match="is recovering; only a paused job"):
         store.resume(job)
     job = walk(store, job, S.STARTING, S.RUNNING, S.PAUSING, S.PAUSED, reason=Reason.PAUSED_BY_USER)
     with pytest.raises(InvalidRequest, match="7 workers cannot share 120 images") as caught:
@@ -132,8 +135,9 @@ def test_a_priority_is_changed_once_and_only_while_it_matters(store: JobStore, c
     event = store.events(job.id)[-1]
     assert (event.type, event.body) == ("priority_changed", {"from": 3, "to": -5})
     assert store.set_priority(changed, -5) == changed
-    with pytest.raises(Conflict, match="changed meanwhile"):
-        store.set_priority(job, 1)
+    for stale in (1, 3):
+        with pytest.raises(Conflict, match="changed meanwhile"):
+            store.set_priority(job, stale)
     with pytest.raises(InvalidRequest, match="/priority"):
         store.set_priority(changed, 101)
     ended = store.transition(changed, S.CANCELLED)
