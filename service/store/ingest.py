@@ -76,10 +76,10 @@ def ingest(connection: Connection, attempt_id: str, token: str, batch: IngestBat
     """
     job_id, attempt = authorize(connection, attempt_id, token)
     job = get_job(connection, job_id, now, lock=True)
-    _check(batch, job.spec.num_workers)
     known = _load_ranks(connection, job_id, attempt)
     if job.state.terminal or job.attempt != attempt:
         return _reply(Control.ABORT, job, known)
+    _check(batch, job.spec.num_workers)  # which an older attempt may have had more of
     facts = [fact for part in batch.batches for fact in _new_facts(part, known)]
     touched = {part.rank for part in batch.batches}
     _store_ranks(connection, job_id, attempt, {rank: known[rank] for rank in touched})

@@ -7,10 +7,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.errors import Conflict, InvalidRequest, NotFound
-from service.jobs import TRANSITIONS, Job, JobState, Phase, Reason, ReasonClass
+from service.jobs import (
+    TRANSITIONS,
+    CheckpointSaved,
+    Control,
+    Job,
+    JobState,
+    Phase,
+    Reason,
+    ReasonClass,
+    attempt_id,
+)
 from service.store import JobStore
 from tests.service.store.clock import Clock
-from tests.service.store.telling import spec
+from tests.service.store.telling import batch, spec, started, step
 
 
 def test_a_new_job_is_queued_with_its_first_event(store: JobStore, clock: Clock) -> None:
@@ -222,3 +232,53 @@ def test_everything_is_still_there_after_opening_again(tmp_path: Path, clock: Cl
         assert [record.text for record in again.logs(job.id)] == ["hello"]
     finally:
         again.close()
+
+
+def test_unfinished_jobs_are_told_with_their_newest_spec(store: JobStore) -> None:
+    job, _ = store.create(spec())
+    assert store.unfinished() == store.unfinished() == [job]
+    changed = store.set_priority(job, 5)
+    assert [found.spec for found in store.unfinished()] == [changed.spec]
+    store.transition(changed, JobState.PAUSED)
+    resized = store.resume(store.get(job.id), num_workers=1)
+    assert [found.spec.num_workers for found in store.unfinished()] == [resized.spec.num_workers] == [1]
+
+
+def test_many_attempts_are_told_at_once_as_they_are_told_one_by_one(store: JobStore) -> None:
+    started_jobs = [store.start_attempt(store.create(spec())[0]) for _ in range(3)]
+    for index, (job, token) in enumerate(started_jobs):
+        facts = [started(), *(step(number) for number in range(1, 1 + index))]
+        store.ingest(attempt_id(job.id, 1), token, batch(facts))
+    waiting, _ = store.create(spec())
+    found = store.newest_attempts([*(job for job, _ in started_jobs), waiting])
+    assert found == {job.id: store.attempt(job.id, 1) for job, _ in started_jobs}
+    assert [found[job.id].last_step for job, _ in started_jobs] == [0, 1, 2]
+
+
+def test_an_owners_jobs_are_counted_by_state(store: JobStore) -> None:
+    for owner in ("mia", "mia", "noa"):
+        store.create(spec(), owner=owner)
+    job, _ = store.create(spec(), owner="mia")
+    store.transition(job, JobState.CANCELLED)
+    assert store.count_jobs("mia", {JobState.QUEUED}) == 2
+    assert store.count_jobs("mia", {JobState.QUEUED, JobState.CANCELLED}) == 3
+    assert store.count_jobs("zoe", {JobState.QUEUED}) == 0
+
+
+def test_checkpoints_that_a_later_attempt_has_dropped_are_not_told(store: JobStore) -> None:
+    def saved(number: int) -> CheckpointSaved:
+        return CheckpointSaved(step=number, path=f"/step-{number}.pt", size_bytes=1, duration_s=0.1)
+
+    job, token = store.start_attempt(store.create(spec())[0])
+    store.ingest(attempt_id(job.id, 1), token, batch([saved(10), saved(20), saved(30)]))
+    assert [checkpoint.step for checkpoint in store.checkpoints(job.id)] == [10, 20, 30]
+    job, token = store.start_attempt(store.transition(job, JobState.RECOVERING))
+    store.ingest(attempt_id(job.id, 2), token, batch([saved(20), saved(25)]))
+    assert store.checkpoints(job.id) == [saved(10), saved(20), saved(25)]
+
+
+def test_a_larger_attempt_of_before_is_told_to_abort(store: JobStore) -> None:
+    job, token = store.start_attempt(store.create(spec(num_workers=2))[0])
+    job = store.transition(store.transition(job, JobState.PAUSING), JobState.PAUSED)
+    job, _ = store.start_attempt(store.resume(job, num_workers=1))
+    assert store.ingest(attempt_id(job.id, 1), token, batch([step(1)], rank=1)).control is Control.ABORT
