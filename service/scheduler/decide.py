@@ -16,14 +16,16 @@ class Evidence:
     """All that is known of a job's newest attempt at one moment.
 
     ``observation`` must be older than ``attempt``: an attempt's last word is stored before the cluster sees it
-    end. None says that the cluster did not answer; then only the job's own reports count. Silence and idleness are
-    counted from ``listening_since`` at the earliest, because nobody listened before.
+    end. None says that the cluster did not answer; then only the job's own reports count. Silence, idleness and the
+    grace to save are counted from ``listening_since`` at the earliest, because nobody listened or told before.
     """
 
     attempt: Attempt
     observation: Observation | None
     now: datetime
     listening_since: datetime
+    heard_at: datetime | None = None
+    """When its runner's last report was first seen; by default the time that the report itself has."""
     last_step_at: datetime | None = None
     """When the attempt's last step was first seen, as far as it is known."""
     resumable_step: int | None = None
@@ -155,7 +157,8 @@ def _decide_running(job: Job, evidence: Evidence) -> Decision:
         said = f"the cluster says {evidence.observation.state}: {_last_line(evidence.observation.message)}".rstrip(": ")
         detail = f"the runner left without a last word; {said}"
         return Decision(JobState.RECOVERING, Reason.RUNNER_LOST, detail, keep_output=True)
-    silence_s = (now - max(attempt.heartbeat_at or attempt.created_at, evidence.listening_since)).total_seconds()
+    heard_at = evidence.heard_at or attempt.heartbeat_at or attempt.created_at
+    silence_s = (now - max(heard_at, evidence.listening_since)).total_seconds()
     if silence_s > job.spec.timeouts.heartbeat_s + (0.0 if attempt.heartbeat_at else START_GRACE_S):
         detail = f"its runner has been silent for {silence_s:.0f} s, longer than heartbeat_s allows"
         return Decision(JobState.RECOVERING, Reason.NO_HEARTBEAT, detail, stop=True, keep_output=True)
@@ -187,7 +190,8 @@ def _stop_if(evidence: Evidence, due: bool) -> Decision:
 
 
 def _grace_is_over(job: Job, evidence: Evidence) -> bool:
-    return evidence.now - job.state_since > timedelta(seconds=job.spec.timeouts.stop_grace_s)
+    since = max(job.state_since, evidence.listening_since)
+    return evidence.now - since > timedelta(seconds=job.spec.timeouts.stop_grace_s)
 
 
 def _saved_at(evidence: Evidence) -> int | None:

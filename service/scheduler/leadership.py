@@ -1,4 +1,4 @@
-"""Of several services on one database, one schedules: this keeps the lease that says which."""
+"""Of several services on one database, one schedules, and one delivers: this keeps the lease that says which."""
 
 import os
 import secrets
@@ -15,14 +15,15 @@ _log = structlog.get_logger("scheduler")
 
 
 class Leadership:
-    """The lease under which a scheduler writes; taken when it is free, renewed at a third of its time.
+    """The lease ``name`` under which a scheduler writes; taken when it is free, renewed at a third of its time.
 
     ``holder`` names this service. Two that are never there at once, because a lock of the system forbids it, may
     share a name: the second then goes on at once, and needs not wait for the lease of the first to expire.
     """
 
-    def __init__(self, store: JobStore, holder: str | None = None, ttl_s: float = 10.0) -> None:
+    def __init__(self, store: JobStore, holder: str | None = None, ttl_s: float = 10.0, *, name: str = LEASE) -> None:
         self._store = store
+        self._name = name
         self._holder = holder or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._ttl_s = ttl_s
         self._lease: Lease | None = None
@@ -44,15 +45,15 @@ class Leadership:
         if self._lease is not None and not self._store.renew_lease(self._lease, self._ttl_s):
             self.lose()
         if self._lease is None:
-            self._lease = self._store.acquire_lease(LEASE, self._holder, self._ttl_s)
+            self._lease = self._store.acquire_lease(self._name, self._holder, self._ttl_s)
             if self._lease is not None:
-                _log.info("this service schedules", holder=self._holder, token=self._lease.token)
+                _log.info("the lease is ours", lease=self._name, holder=self._holder, token=self._lease.token)
         self._asked_at = asked_at
         return self._lease is not None
 
     def lose(self) -> None:
         """Know that another service has the lease by now."""
-        _log.warning("another service schedules", holder=self._holder)
+        _log.warning("the lease is another's", lease=self._name, holder=self._holder)
         self._lease = None
 
     def release(self) -> None:

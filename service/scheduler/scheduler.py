@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import structlog
@@ -16,7 +16,8 @@ from service.scheduler.decide import Decision, Evidence, decide, passed_deadline
 from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
 from service.scheduler.leadership import Leadership
 from service.scheduler.placement import has_room, placement_problems
-from service.scheduler.stepping import Stepping
+from service.scheduler.sightings import Sightings
+from service.scheduler.wall_clock import WallClock, utc_now
 from service.store import JobStore, LeaseLost
 
 _CALM_TICKS = 5
@@ -49,6 +50,7 @@ class Scheduler:
         tick_s: float = 0.1,
         observe_every_s: float = 0.5,
         capacity_every_s: float = 5.0,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._store = store
         self._launcher = launcher
@@ -59,12 +61,14 @@ class Scheduler:
         self._observe_every_s = observe_every_s
         self._capacity_every_s = capacity_every_s
         self._leadership = Leadership(store, holder, lease_ttl_s)
-        self._since = datetime.now(UTC)
+        self._clock = WallClock(clock)
+        self._since = self._clock.now()
         self._capacity: ClusterCapacity | None = None
         self._cluster_error = "the cluster has not answered yet"
         self._capacity_at = float("-inf")
         self._observed_at: dict[str, float] = {}
-        self._stepping = Stepping()
+        self._heartbeats = Sightings()
+        self._steps = Sightings()
 
     @property
     def cluster_status(self) -> str:
@@ -95,13 +99,19 @@ class Scheduler:
         led = self._leadership.lease is not None
         if not self._leadership.hold():
             return False
-        if not led:
-            self._since = datetime.now(UTC)  # nobody has told this scheduler what it has seen before
+        if self._clock.was_set() or not led:
+            self._begin_to_listen()
         try:
             return self._look()
         except LeaseLost:
             self._leadership.lose()
             return False
+
+    def _begin_to_listen(self) -> None:
+        """Count silence from now on: another scheduler has listened before, or by another time."""
+        self._since = self._clock.now()
+        self._heartbeats.forget_all_but()
+        self._steps.forget_all_but()
 
     def _look(self) -> bool:
         jobs = self._store.unfinished()
@@ -132,7 +142,7 @@ class Scheduler:
 
     def _admit_queued(self, jobs: Sequence[Job], active: Sequence[Job]) -> bool:
         """Whether a job was started, or failed without one."""
-        now = datetime.now(UTC)
+        now = self._clock.now()
         queued = []
         for job in [job for job in jobs if job.state is JobState.QUEUED]:
             if (late := passed_deadline(job, now)) is None:
@@ -182,13 +192,14 @@ class Scheduler:
     # Active jobs
 
     def _evidence(self, job: Job, attempt: Attempt, observation: Observation | None) -> Evidence:
-        now = datetime.now(UTC)
+        now, name = self._clock.now(), attempt_id(job.id, job.attempt)
         return Evidence(
             attempt=attempt,
             observation=observation,
             now=now,
             listening_since=self._since,
-            last_step_at=self._stepping.since(attempt, now),
+            heard_at=self._heartbeats.since(name, attempt.heartbeat_at, now),
+            last_step_at=self._steps.since(name, attempt.last_step, now),
             resumable_step=self._resumable_step(job) if job.state is JobState.PAUSING else None,
         )
 
@@ -235,7 +246,8 @@ class Scheduler:
     def _forget_all_but(self, active: Sequence[Job]) -> None:
         names = {attempt_id(job.id, job.attempt) for job in active}
         self._observed_at = {name: time for name, time in self._observed_at.items() if name in names}
-        self._stepping.forget_all_but(names)
+        self._heartbeats.forget_all_but(names)
+        self._steps.forget_all_but(names)
 
     # What follows
 

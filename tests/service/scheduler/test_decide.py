@@ -188,6 +188,8 @@ def test_processes_that_are_not_wanted_or_had_their_grace_are_stopped(
 def test_a_job_that_shall_save_is_left_alone_during_its_grace() -> None:
     for state in (S.PAUSING, S.CANCELLING):
         assert decision(state, L.RUNNING, stop_saves=True, since_s=59.0) == Decision()
+        # while the service was away nobody could tell it to save
+        assert decision(state, L.RUNNING, stop_saves=True, since_s=90.0, listening_s=59.0) == Decision()
 
 
 @pytest.mark.parametrize(
