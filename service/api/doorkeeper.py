@@ -26,7 +26,7 @@ class Doorkeeper:
         self._operator_token = operator_token
         self._keys_made = False
 
-    def identify(self, key: str | None, *, try_token: bool = True) -> Caller:
+    def identify(self, key: str | None, try_token: bool = True) -> Caller:
         """Who shows ``key``; the operator's token is not looked at unless ``try_token``. Raises Unauthorized.
 
         Stored keys are 256 random bits, which nobody guesses; the operator's token is what a person chose.
@@ -41,6 +41,10 @@ class Doorkeeper:
             return self._store.keys.identify(key)
         except Unauthorized as error:
             raise Unauthorized(f"{error}; {_REFUSAL}") from error
+
+    def admit_attempt(self, attempt_id: str, token: str | None) -> None:
+        """Return if the token is the one with which this attempt reports. Raises Unauthorized."""
+        self._store.authorize(attempt_id, token or "")
 
     @property
     def open(self) -> bool:

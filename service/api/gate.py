@@ -1,4 +1,10 @@
-"""The gate before ``/v1`` and ``/metrics``: who asks is known, and has not asked too often, before a body is read."""
+"""The gate before ``/v1`` and ``/metrics``: who asks is known, and has not asked too often, before a body is read.
+
+Attempts report through it too, with tokens of their own, which open nothing else.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 from anyio import move_on_after
 from anyio.to_thread import run_sync
@@ -10,15 +16,17 @@ from service.api.doorkeeper import Doorkeeper
 from service.api.problems import from_error
 from service.api.rates import Rate, RateLimits, Standing, neighbourhood
 from service.errors import ServiceError, StoreUnavailable, TooManyRequests, Unauthorized
-from service.jobs import ANONYMOUS, Caller
+from service.jobs import ANONYMOUS
 
 GUARDED = "/v1/"
 RECHECK_S = 15.0
 """How soon an open stream notices that its key was revoked or has expired."""
 
-_OWN_TOKENS = "/v1/attempts/"
-"""Where attempts report, with tokens of their own that the store judges."""
+_ATTEMPTS = "/v1/attempts/"
 _METRICS = "/metrics"
+
+
+_Answer = TypeVar("_Answer")
 
 
 class Gate:
@@ -37,15 +45,19 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer 401, 429, or 503 where the store cannot tell who asks."""
-        if not guarded(scope):
+        attend: ASGIApp = self._attend
+        let_in = self._let_in
+        if _of_attempt(scope):
+            let_in, attend = self._let_attempt_in, self._app
+        elif not guarded(scope):
             await self._app(scope, receive, send)
             return
         try:
-            scope["state"]["caller"] = await self._let_in(scope)
+            await let_in(scope)
         except ServiceError as error:
             await from_error(Request(scope), error)(scope, receive, send)
         else:
-            await self._attend(scope, receive, send)
+            await attend(scope, receive, send)
 
     async def _attend(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on; what is still being told when the key has ended, ends as if its holder had left."""
@@ -78,19 +90,26 @@ class Gate:
             return True  # a database that is away for a moment ends no stream
         return True
 
-    async def _let_in(self, scope: Scope) -> Caller:
-        address = neighbourhood(client_address(scope))
-        before = self._refusals.look(address)
-        key = _bearer_of(scope)
-        try:
-            caller = await run_sync(lambda: self._doorkeeper.identify(key, try_token=before.allowed))
-        except Unauthorized:
-            self._bound(scope, self._refusals.take(address), "this address has shown too many wrong keys")
-            raise
+    async def _let_in(self, scope: Scope) -> None:
+        caller = await self._known(scope, self._doorkeeper.identify)
+        scope["state"]["caller"] = caller
         if caller.principal.name != ANONYMOUS:
             name = caller.principal.name
             self._bound(scope, self._requests.take(name), f"{name} asks more often than it may")
-        return caller
+
+    async def _let_attempt_in(self, scope: Scope) -> None:
+        attempt_id = str(scope["path"]).removeprefix(_ATTEMPTS).partition("/")[0]
+        await self._known(scope, lambda token, _: self._doorkeeper.admit_attempt(attempt_id, token))
+
+    async def _known(self, scope: Scope, judge: Callable[[str | None, bool], _Answer]) -> _Answer:
+        """What ``judge`` makes of the key, and of whether guessing is still allowed; refusals are counted."""
+        address = neighbourhood(client_address(scope))
+        before = self._refusals.look(address)
+        try:
+            return await run_sync(judge, _bearer_of(scope), before.allowed)
+        except Unauthorized:
+            self._bound(scope, self._refusals.take(address), "this address has shown too many wrong keys")
+            raise
 
     def _bound(self, scope: Scope, standing: Standing, complaint: str) -> None:
         scope["state"]["headers"] = standing.headers
@@ -115,7 +134,7 @@ def client_address(scope: Scope) -> str:
 
 
 def _of_attempt(scope: Scope) -> bool:
-    return str(scope["path"]).startswith(_OWN_TOKENS)
+    return scope["type"] == "http" and str(scope["path"]).startswith(_ATTEMPTS)
 
 
 def _bearer_of(scope: Scope) -> str | None:

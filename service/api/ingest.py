@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1/attempts", tags=["ingest"])
     "/{attempt_id}/telemetry",
     summary="Report telemetry",
     dependencies=[Depends(require_json)],
-    responses=answers(400, 401, 413, 415, 422, 503),
+    responses=answers(400, 401, 413, 415, 422, 429, 503),
 )
 def report_telemetry(attempt_id: str, token: AttemptToken, batch: IngestBatch, parts: PartsOf) -> IngestReply:
     """Take in what the ranks of an attempt told; the answer says whether to go on, and what is still missing."""

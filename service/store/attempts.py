@@ -18,6 +18,10 @@ _PAIRS_AT_ONCE = 500
 """A statement takes a bounded number of values on every database."""
 
 
+_MAX_NUMBER = 2**31
+"""What every database can compare with; whoever names a greater one has not got it from here."""
+
+
 def start_attempt(connection: Connection, job: Job, now: datetime, lease: Lease | None = None) -> tuple[Job, str]:
     """The job in its next attempt, and the token with which that attempt reports: 256 random bits in hex.
 
@@ -50,6 +54,8 @@ def authorize(connection: Connection, attempt_id: str, token: str) -> tuple[str,
         job_id, number = job_of_attempt(attempt_id)
     except ValueError as error:
         raise refusal from error
+    if number >= _MAX_NUMBER:
+        raise refusal
     chosen = (attempts.c.job_id == job_id, attempts.c.number == number)
     stored = connection.execute(select(attempts.c.token_sha256).where(*chosen)).scalar()
     if not hmac.compare_digest(stored or "", _sha256(token)):

@@ -319,6 +319,11 @@ class JobStore:
         with self._database.read() as connection:
             return attempts.get_attempts(connection, wanted)
 
+    def authorize(self, attempt_id: str, token: str) -> None:
+        """Return if the token is the attempt's. Raises: Unauthorized."""
+        with self._database.read() as connection:
+            attempts.authorize(connection, attempt_id, token)
+
     def ingest(self, attempt_id: str, token: str, batch: IngestBatch) -> IngestReply:
         """Take in what an attempt tells; see `service.store.ingest.ingest`."""
         return self._database.transact(

@@ -33,7 +33,7 @@ _ERRORS = {
     ("post", "/v1/api-keys/{key_id}:revoke"): {400, 401, 403, 404, 429, 503},
     ("post", "/v1/api-keys/{key_id}:rotate"): {400, 401, 403, 404, 409, 413, 415, 422, 429, 503},
     ("get", "/v1/audit"): {400, 401, 403, 422, 429, 503},
-    ("post", "/v1/attempts/{attempt_id}/telemetry"): {400, 401, 413, 415, 422, 503},
+    ("post", "/v1/attempts/{attempt_id}/telemetry"): {400, 401, 413, 415, 422, 429, 503},
 }
 
 

@@ -120,6 +120,19 @@ def test_a_stream_ends_soon_after_its_key(house: House) -> None:
         assert client.get("/v1/whoami").status_code == 401
 
 
+def test_reports_without_the_attempts_token_are_refused_unread_and_counted(house: House) -> None:
+    house.limits = RateLimits(refusals="4/year")
+    job, token = house.running_job()
+    door = f"/v1/attempts/{job.id}-1/telemetry"
+    doors = [door, f"/v1/attempts/{job.id}-{'9' * 30}/telemetry", "/v1/attempts/none", door, door]
+    with house.client() as client:
+        json = {"Content-Type": "application/json"}
+        answers = [client.post(path, content="{no json", headers=json) for path in doors]
+        assert [answer.status_code for answer in answers] == [401] * 4 + [429]
+        right = {"Authorization": f"Bearer {token}"}
+        assert client.post(door, json={"batches": []}, headers=right).status_code == 200
+
+
 def test_right_keys_are_no_refusals(house: House) -> None:
     house.limits = RateLimits(refusals="1/year")
     with TestClient(house.app(TOKEN), base_url="http://127.0.0.1") as client:
