@@ -84,7 +84,7 @@ def restore(database: Path, source: Path, now: datetime) -> Restored:
 
 
 def compact(database: Path) -> int:
-    """Give what was freed in the file back to the disk; by how many bytes it shrank. Needs as much room meanwhile.
+    """Give what was freed in the file back to the disk; how many bytes. Needs as much room meanwhile as is left then.
 
     The caller holds the data folder's lock. Raises: BackupRefused.
     """
@@ -92,7 +92,7 @@ def compact(database: Path) -> int:
     with _refusals(database), closing(_open(database)) as connection:
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return before - _size(database)
+    return max(before - _size(database), 0)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,7 +166,8 @@ def test_what_comes_before_between_and_into_chunks_finds_its_place(store: JobSto
         run.check(extent.last_step - 1, extent.last_step + 1)
 
 
-def test_a_wide_jobs_rows_stay_few_all_together(store: JobStore) -> None:
+def test_a_wide_jobs_rows_stay_few_all_together(tmp_path: Path) -> None:
+    store = JobStore.open(tmp_path / "jobs.sqlite")
     num_ranks = 300
     job, _ = store.start_attempt(store.create(spec(num_workers=num_ranks))[0])
     for first, count in [(1, 1_100), (1_101, 800)]:
@@ -183,6 +185,7 @@ def test_a_wide_jobs_rows_stay_few_all_together(store: JobStore) -> None:
     mean = store.metric(job.id, "train/loss", max_points=None)  # more than one window
     assert mean.steps == tuple(range(1, 1_901))
     assert mean.values == tuple(float(n) + (num_ranks - 1) / 2 for n in range(1, 1_901))
+    store.close()
 
 
 def test_only_the_newest_attempt_of_a_job_that_has_not_ended_may_record_steps(store: JobStore) -> None:
