@@ -3,6 +3,7 @@
 import json
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from service import display
 from service.client import Client
 from service.connection import checked, open_client
 from service.errors import FieldProblem, InvalidRequest, ServiceError
-from service.jobs import JobSpec, JobState
+from service.jobs import JobSpec, JobState, LogRecord
 from service.keys_cli import keys_app
 from service.log import configure_log
 from service.maintenance import maintenance_app
@@ -86,6 +87,23 @@ def submit(
             _watch(client, job.id, as_json)
 
 
+@app.command()
+def plan(
+    spec_file: Annotated[Path, typer.Argument(metavar="SPEC", help="A .json or .toml file, or - for JSON on stdin.")],
+    assignments: Annotated[list[str], typer.Option("--set", help="Change one field, as for submit.")] = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a job would be, without submitting it; exit status 1 if the cluster could not hold it."""
+    with open_client() as client:
+        planned = client.plan(_read_spec(spec_file, assignments))
+    if as_json:
+        _print_json(planned)
+    else:
+        Console().print(display.plan_panel(planned))
+    if not planned.feasible:
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def list_jobs(
     state: Annotated[list[JobState], typer.Option(help="Only jobs in this state; may be repeated.")] = [],  # noqa: B006
@@ -124,14 +142,22 @@ def watch(job: JobArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def logs(job: JobArgument, as_json: JsonOption = False) -> None:
-    """Print what a job's workers and runner have logged so far."""
+def logs(
+    job: JobArgument,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay and print new lines until the job ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a job's workers and runner have logged."""
     with open_client() as client:
-        after = 0
-        while records := client.logs(job, after=after):
-            after = records[-1].seq
-            for record in records:
-                typer.echo(record.model_dump_json() if as_json else display.log_line(record))
+        for record in client.follow_logs(job) if follow else _written_so_far(client, job):
+            typer.echo(record.model_dump_json() if as_json else display.log_line(record))
+
+
+def _written_so_far(client: Client, job_id: str) -> Iterator[LogRecord]:
+    after = 0
+    while records := client.logs(job_id, after=after):
+        after = records[-1].seq
+        yield from records
 
 
 @app.command()

@@ -26,6 +26,9 @@ from service.jobs import (
 _SILENCE_S = 45.0
 """A stream says something at least every 15 s; three times that without a word is a lost connection."""
 
+_PLANNING_S = 150.0
+"""The service gives a plan 60 s, and as long for those before it; then it says so itself."""
+
 _PAUSES_S = (0.1, 0.3, 1.0, 2.0)
 
 
@@ -74,9 +77,16 @@ class Client:
         return Job.model_validate_json(answer.content)
 
     def plan(self, spec: JobSpec) -> PlannedJob:
-        """What would become of the job, and whether the cluster could hold it; takes some seconds."""
+        """What would become of the job, and whether the cluster could hold it.
+
+        Takes some seconds, whatever ``timeout_s`` is: the service builds the model, one plan at a time.
+        """
         answer = self._ask(
-            "POST", "/v1/jobs:plan", content=spec.model_dump_json(), headers={"Content-Type": "application/json"}
+            "POST",
+            "/v1/jobs:plan",
+            content=spec.model_dump_json(),
+            headers={"Content-Type": "application/json"},
+            timeout=_PLANNING_S,
         )
         return PlannedJob.model_validate_json(answer.content)
 
@@ -181,19 +191,28 @@ class Client:
 
         Raises: ServiceUnreachable when the service has been away for ``patience_s``; at once if it never answered.
         """
-        seen, answered, failures = after, False, 0
+        for message in self._follow(f"{_path(job_id)}/stream", after, patience_s):
+            payload = json.loads(message.data)
+            yield (payload["type"] if message.event == "event" else message.event), payload
+
+    def follow_logs(self, job_id: str, after: int = 0, patience_s: float = 60) -> Iterator[LogRecord]:
+        """Every line of the job's log after number ``after``, until the job is over; as `stream` does. Raises: Gone."""
+        for message in self._follow(f"{_path(job_id)}/logs/stream", after, patience_s):
+            if message.event == "log":
+                yield LogRecord.model_validate_json(message.data)
+
+    def _follow(self, path: str, seen: int, patience_s: float) -> Iterator[httpx2.ServerSentEvent]:
+        """The messages of a stream, those with an id once and in order, ``end`` last."""
+        answered, failures = False, 0
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                for message in self._messages(job_id, seen):
+                for message in self._messages(path, seen):
                     answered, failures = True, 0
                     deadline = time.monotonic() + patience_s
-                    payload = json.loads(message.data)
-                    if message.event == "event":
-                        seen = payload["seq"]
-                        yield payload["type"], payload
-                    else:
-                        yield message.event, payload
+                    # A message without an id of its own has that of the one before.
+                    seen = int(message.id or seen)
+                    yield message
                     if message.event == "end":
                         return
             except ServiceError as error:
@@ -202,12 +221,12 @@ class Client:
             time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
             failures += 1
 
-    def _messages(self, job_id: str, seen: int) -> Iterator[httpx2.ServerSentEvent]:
+    def _messages(self, path: str, seen: int) -> Iterator[httpx2.ServerSentEvent]:
         """The messages of one connection; it may end before ``end`` comes."""
         timeout = httpx2.Timeout(self._timeout_s, read=_SILENCE_S)
         headers = {"Last-Event-ID": str(seen)}
         try:
-            with self._http.stream("GET", f"{_path(job_id)}/stream", headers=headers, timeout=timeout) as answer:
+            with self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
                     raise _error_of(answer)

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from service.client import Client
 from service.errors import InvalidRequest, ServiceError
-from service.jobs import ANONYMOUS, DriftColour, Job, JobReport, LogRecord
+from service.jobs import ANONYMOUS, DriftColour, Job, JobReport, LogRecord, PlannedJob
 from service.jobs import Progress as JobProgress
 
 if TYPE_CHECKING:
@@ -77,6 +77,29 @@ def job_panel(job: Job) -> RenderableType:
     if job.progress is not None:
         rows.append(("progress", _progress_line(job.progress)))
     return Panel(_rows(rows), title=f"{job.id}  {escape(job.spec.name)}", title_align="left")
+
+
+def plan_panel(planned: PlannedJob) -> RenderableType:
+    """What a job would be: batches, steps, exchanges, and the layers whose statistics rest on the fewest values."""
+    plan = planned.plan
+    rows = [
+        ("batch", f"{plan.global_batch_size} images a step; {plan.normalization_batch_size} share one batch statistic"),
+        ("steps", f"{plan.total_steps}, {plan.steps_per_epoch} an epoch of {plan.num_train_images} images"),
+        ("parameters", f"{plan.num_parameters}, {_bytes(plan.gradient_bytes_per_step)} of gradients a step and worker"),
+        (
+            "BatchNorm",
+            f"{len(plan.layers)} layers, {plan.exchanges_per_step} exchanges and "
+            f"{_bytes(plan.exchange_bytes_per_step)} a step and worker",
+        ),
+    ]
+    if plan.layers:
+        least = min(plan.layers, key=lambda layer: layer.num_values)
+        rows.append(("fewest values", f"{least.num_values} a channel, in layer {escape(least.layer)}"))
+    rows += [("warning", f"[yellow]{escape(warning.message)}[/]") for warning in plan.warnings]
+    rows += [("cluster", f"[red]{escape(problem.message)}[/]") for problem in planned.placement]
+    if planned.feasible:
+        rows.append(("cluster", "could hold it"))
+    return Panel(_rows(rows), title="plan", title_align="left")
 
 
 def report_panel(report: JobReport) -> RenderableType:
@@ -201,6 +224,10 @@ def _rows(rows: Iterable[tuple[str, str]]) -> Table:
         if value:
             table.add_row(f"[dim]{name}[/]", value)
     return table
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.1f} KiB"
 
 
 def _percent(share: float | None) -> str:

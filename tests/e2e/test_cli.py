@@ -61,6 +61,18 @@ def test_a_job_is_submitted_watched_and_shown(service: RunningService, tmp_path:
     assert job["id"] in syncbn(service, "list").stdout
 
 
+def test_a_spec_is_planned_before_it_is_submitted(service: RunningService, tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(small_spec("planned", max_steps=5).model_dump_json())
+    planned = syncbn(service, "plan", str(path), "--set", "num_workers=1")
+    assert planned.returncode == 0, planned.stderr
+    for words in ("8 images a step; 8 share one batch statistic", "5, 179 an epoch of 1437 images", "could hold it"):
+        assert words in planned.stdout
+    too_large = syncbn(service, "plan", str(path), "--set", "num_workers=100", "--json")
+    assert too_large.returncode == 1
+    assert json.loads(too_large.stdout)["placement"][0]["pointer"] == "/num_workers"
+
+
 def test_a_job_is_cancelled_and_watch_tells_that_it_did_not_succeed(service: RunningService) -> None:
     spec = small_spec("to cancel", max_steps=1_000_000).model_dump_json()
     job = answered(syncbn(service, "submit", "-", "--json", stdin=spec))

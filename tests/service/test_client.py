@@ -170,6 +170,22 @@ def test_a_stream_goes_on_over_a_restart_of_the_service_without_telling_twice(ho
     assert told == [2, 3, 4, 5]
 
 
+def test_a_log_is_followed_to_the_end_of_its_job(client: Client, house: House) -> None:
+    job, token = house.running_job(LogLine(text="first"))
+    lines = client.follow_logs(job.id)
+    assert next(lines).text == "first"
+    house.tell(job, token, LogLine(text="second"), first_seq=1)
+    assert next(lines).text == "second"
+    house.store.transition(house.store.get(job.id), JobState.SUCCEEDED)
+    assert list(lines) == []
+
+
+def test_a_spec_is_planned(client: Client, house: House) -> None:
+    planned = client.plan(spec(num_workers=house.max_workers + 1))
+    assert not planned.feasible
+    assert planned.plan.global_batch_size == 32 * (house.max_workers + 1)
+
+
 def test_a_stream_is_given_up_when_the_service_stays_away(house: House) -> None:
     job, _ = house.running_job()
     with ExitStack() as service:
