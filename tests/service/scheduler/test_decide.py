@@ -263,7 +263,7 @@ def test_errors_of_the_users_own_are_not_repeated() -> None:
     ],
 )
 def test_a_queued_job_may_only_wait_as_long_as_its_owner_allows(
-    about_job: dict[str, float], reason: Reason | None
+    about_job: dict[str, Any], reason: Reason | None
 ) -> None:
     late = passed_deadline(job(S.QUEUED, **about_job), NOW)
     assert (late and late.reason) == reason

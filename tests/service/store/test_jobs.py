@@ -16,6 +16,7 @@ from service.jobs import (
     Phase,
     Reason,
     ReasonClass,
+    TelemetryEvent,
     attempt_id,
 )
 from service.store import JobStore
@@ -247,7 +248,7 @@ def test_unfinished_jobs_are_told_with_their_newest_spec(store: JobStore) -> Non
 def test_many_attempts_are_told_at_once_as_they_are_told_one_by_one(store: JobStore) -> None:
     started_jobs = [store.start_attempt(store.create(spec())[0]) for _ in range(3)]
     for index, (job, token) in enumerate(started_jobs):
-        facts = [started(), *(step(number) for number in range(1, 1 + index))]
+        facts: list[TelemetryEvent] = [started(), *(step(number) for number in range(1, 1 + index))]
         store.ingest(attempt_id(job.id, 1), token, batch(facts))
     waiting, _ = store.create(spec())
     found = store.newest_attempts([*(job for job, _ in started_jobs), waiting])
