@@ -189,7 +189,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(seen=views, priority=st.integers(-3, 3))
     def prefer(self, seen: Job, priority: int) -> None:
         told = self.told[seen.id]
-        same = priority == seen.spec.priority  # as it was seen; then nothing is written, and nothing compared
+        same = priority == told.priority  # then nothing is written, and nothing compared
         with self.expecting(seen.state.terminal or (not same and self.is_stale(seen))):
             self.store.set_priority(seen, priority)
             if not same:
