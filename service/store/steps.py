@@ -41,9 +41,12 @@ def store_array(connection: Connection, job_id: str, told: Steps) -> None:
 
     Where earlier attempts have been between the first and the last of these steps, all they said there goes.
     Cost: 10 us a step that becomes a row, 1 us one that goes right into a chunk.
+    Raises: ValueError for a step below 0.
     """
     if not len(told):
         return
+    if told["step"].min() < 0:
+        raise ValueError(f"step {told['step'].min()} cannot be; steps count from 0")
     told = latest(told)
     freed = _make_room(connection, job_id, told)
     _keep(connection, job_id, latest(np.concatenate((freed, told))))

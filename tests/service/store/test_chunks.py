@@ -144,7 +144,7 @@ def test_rows_and_chunks_together_are_a_dictionary(store: JobStore, seed: int) -
 
 
 def _stretch(first: int, last: int, stride: int = 1, rank: int = 0) -> list[tuple[Key, float]]:
-    return [((rank, number), 1.0 / (number + 1 + rank)) for number in range(first, last + 1, stride)]
+    return [((rank, number), 1.0 / (number + 9 + rank)) for number in range(first, last + 1, stride)]
 
 
 def test_what_comes_before_between_and_into_chunks_finds_its_place(store: JobStore) -> None:
@@ -193,6 +193,8 @@ def test_only_the_newest_attempt_of_a_job_that_has_not_ended_may_record_steps(st
     run.resume()
     with pytest.raises(Conflict, match="attempt 1 tells nothing more"):
         store.record_steps(run.job.id, 1, _array(_stretch(1, 3)))
+    with pytest.raises(ValueError, match="step -2 cannot be"):
+        store.record_steps(run.job.id, 2, _array(_stretch(-2, 3)))
     run.tell(_stretch(1, 3), in_bulk=True)
     store.transition(store.transition(run.job, JobState.RUNNING), JobState.SUCCEEDED)
     with pytest.raises(Conflict, match="succeeded"):
