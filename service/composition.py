@@ -28,6 +28,7 @@ from service.scheduler import Scheduler
 from service.scheduler.farewell import let_attempts_leave, set_aside
 from service.settings import Settings
 from service.store import JobStore
+from service.webhooks import AddressGuard, Desk, Dispatcher, SecretFiles, Sender
 
 MIN_FREE_BYTES = 200 * 2**20
 """Below this much free disk the service calls itself not ready."""
@@ -81,6 +82,10 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
         scheduling = stack.enter_context(_thread("scheduler", lambda: scheduler.run(stopping), stopping))
         if head is not None:
             stack.callback(_cut_start_short, head, scheduler, stopping)
+        guard, secrets = AddressGuard(settings.webhook_networks), SecretFiles(settings.secrets_dir)
+        sender = Sender(guard, secrets)
+        dispatcher = Dispatcher(store, sender, holder=_holder(settings))
+        stack.enter_context(_thread("webhooks", lambda: dispatcher.run(stopping), stopping))
         app = create_app(
             store,
             check_placement=lambda spec: [
@@ -91,6 +96,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
             plan=Planner().plan,
             readiness=lambda: _readiness(store, scheduler, settings.data_dir),
             gauges=lambda: {"syncbn_cluster_up": float(scheduler.cluster_status == "ok")},
+            hooks=Desk(guard, secrets, sender),
             api_token=settings.api_token,
             limits=RateLimits(requests=settings.rate_limit, refusals=settings.refusal_limit),
             allowed_hosts=_allowed_hosts(settings),
@@ -104,7 +110,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
 
 
 def _holder(settings: Settings) -> str | None:
-    """Who holds the scheduler's lease: on a database in the locked data folder whoever has the lock, at once."""
+    """Who holds the leases: on a database in the locked data folder whoever has the lock, at once."""
     if settings.database_url is not None:
         return None  # a name that no other service has, whatever its folder is called
     return f"the service on {settings.data_dir.absolute()}"

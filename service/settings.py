@@ -1,7 +1,7 @@
 """Settings of the service, read from ``SYNCBN_*`` here and nowhere else."""
 
 import os
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -13,6 +13,10 @@ _Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour)$")]
 
 def _split(paths: object) -> object:
     return tuple(filter(None, paths.split(os.pathsep))) if isinstance(paths, str) else paths
+
+
+def _split_at_commas(networks: object) -> object:
+    return tuple(filter(None, map(str.strip, networks.split(",")))) if isinstance(networks, str) else networks
 
 
 class Settings(BaseSettings):
@@ -44,6 +48,10 @@ class Settings(BaseSettings):
     """Requests of one address without a right key."""
     data_roots: Annotated[tuple[Path, ...] | None, NoDecode, BeforeValidator(_split)] = None
     """Folders, with colons between, that a job's ``idx:/FOLDER`` may lie in; see ``readable_roots``."""
+    secrets_dir: Path | None = None
+    """Folder with one file for each secret that webhooks are signed with, kept from everyone's eyes."""
+    webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split_at_commas)] = ()
+    """Networks, as 10.1.0.0/16 with commas between, that webhooks may lead to beside the public internet."""
     storage: Path | None = None
     """Folder for checkpoints, the same path here and on every worker; by default inside ``data_dir``."""
     ray_address: HttpUrl | None = None

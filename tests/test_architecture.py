@@ -23,6 +23,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/reports": {"service.jobs", "numpy", "scipy"},
     "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "alembic", "numpy"},
     "service/scheduler": {"service.jobs", "service.errors", "service.store", "pydantic", "structlog"},
+    "service/webhooks": {
+        "service.jobs",
+        "service.errors",
+        "service.store",
+        "service.scheduler.leadership",
+        "pydantic",
+        "httpx2",
+        "structlog",
+    },
     "service/training": {"syncbn", "service.jobs", "torch", "numpy", "pydantic"},
     "service/cluster": {
         "service.jobs",
@@ -170,6 +179,7 @@ def test_the_forbidden_import_would_be_seen() -> None:
     ("modules", "forbidden"),
     [
         ("service.jobs, service.reports, service.store, service.scheduler, service.api, service.client", "torch ray"),
+        ("service.webhooks", "torch ray fastapi"),
         ("service.training.loop, service.training.__main__", "fastapi sqlalchemy ray httpx2"),
         ("service.cluster.runner", "fastapi sqlalchemy"),
         ("service.cli", "torch ray fastapi sqlalchemy"),

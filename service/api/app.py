@@ -23,6 +23,7 @@ from service.api import (
     retry,
     stream,
     telemetry,
+    webhooks,
 )
 from service.api.auth import require_role
 from service.api.document import Api
@@ -31,7 +32,7 @@ from service.api.feed import Feed
 from service.api.gate import Gate
 from service.api.metrics import Metrics
 from service.api.middleware import AllowedHosts, BodyLimit, RequestIds
-from service.api.parts import Parts, parts_of
+from service.api.parts import Hooks, Parts, parts_of
 from service.api.rates import RateLimits
 from service.api.recording import Recording
 from service.api.submission import WrongSpec
@@ -50,6 +51,7 @@ def create_app(
     plan: Callable[[JobSpec], JobPlan],
     readiness: Callable[[], dict[str, str]],
     gauges: Callable[[], Mapping[str, float]],
+    hooks: Hooks,
     stopping: threading.Event,
     api_token: SecretStr | None = None,
     limits: RateLimits | None = None,
@@ -59,9 +61,9 @@ def create_app(
 
     ``check_placement`` says why the cluster could never hold a job, ``plan`` what would become of it, ``readiness``
     the state of each part ("ok" or what is wrong), ``gauges`` what other parts measure of themselves; all are called
-    in worker threads. Every ``/v1`` request must show a stored key or ``api_token``, once there is either; an
-    attempt's reports carry their own. Retries begin from files below ``storage`` alone. ``stopping`` ends all
-    streams. A host of ``*`` allows any.
+    in worker threads. ``hooks`` judges and tries webhooks. Every ``/v1`` request must show a stored key or
+    ``api_token``, once there is either; an attempt's reports carry their own. Retries begin from files below
+    ``storage`` alone. ``stopping`` ends all streams. A host of ``*`` allows any.
     """
     feed = Feed(store, stopping)
     metrics = Metrics(store.count_by_state, lambda: {**gauges(), "syncbn_open_streams": feed.num_readers})
@@ -74,7 +76,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.parts = Parts(store, check_placement, storage, plan, readiness, feed, metrics, stopping)
+    app.state.parts = Parts(store, check_placement, storage, plan, readiness, hooks, feed, metrics, stopping)
     problems.install(app)
     app.add_exception_handler(WrongSpec, _refuse_spec)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
@@ -82,7 +84,20 @@ def create_app(
     app.add_middleware(Recording, store=store)
     app.add_middleware(AllowedHosts, allowed=allowed_hosts)
     app.add_middleware(RequestIds)
-    for module in (planning, jobs, bulk, lifecycle, retry, telemetry, logs, stream, principals, api_keys, audit):
+    for module in (
+        planning,
+        jobs,
+        bulk,
+        lifecycle,
+        retry,
+        telemetry,
+        logs,
+        stream,
+        principals,
+        api_keys,
+        audit,
+        webhooks,
+    ):
         app.include_router(module.router, dependencies=[require_role(Role.READER)])
     app.include_router(ingest.router)
     app.include_router(health.router)

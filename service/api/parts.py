@@ -4,15 +4,25 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
 from service.api.feed import Feed
 from service.api.metrics import Metrics
 from service.errors import FieldProblem
-from service.jobs import Job, JobPlan, JobSpec
+from service.jobs import Job, JobPlan, JobSpec, Principal, Webhook, WebhookDelivery, WebhookOrder
 from service.store import JobStore
+
+
+class Hooks(Protocol):
+    """What is asked about webhooks."""
+
+    async def problems(self, order: WebhookOrder, asker: Principal) -> Sequence[FieldProblem]:
+        """Why ``asker`` may not have such a webhook; empty where they may."""
+
+    async def trial(self, hook: Webhook) -> WebhookDelivery:
+        """What comes of a test message, sent now. Raises TooManyRequests."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Parts:
     """What would become of such a job."""
     readiness: Callable[[], dict[str, str]]
     """The state of each part; "ok" for what works."""
+    hooks: Hooks
+    """Judges and tries webhooks."""
     feed: Feed
     """What happens to the jobs that someone follows."""
     metrics: Metrics

@@ -1,7 +1,7 @@
 """The vocabulary that every part of the service shares: specs, states, telemetry, views. Imports pydantic alone."""
 
 from service.jobs.audit import AuditEntry, AuditPage, AuditRecord
-from service.jobs.identifiers import attempt_id, job_of_attempt, new_job_id, new_key_id
+from service.jobs.identifiers import attempt_id, job_of_attempt, new_hook_id, new_job_id, new_key_id
 from service.jobs.job import Attempt, Job, JobEvent, JobPage, LogRecord, MetricSeries, Progress, View
 from service.jobs.launch import LaunchRequest
 from service.jobs.plan import JobPlan, LayerPlan, Outlook, PlannedJob
@@ -72,6 +72,17 @@ from service.jobs.telemetry import (
     TelemetryEvent,
     TrainingFinished,
 )
+from service.jobs.webhook import (
+    SECRET_NAME,
+    TEST_EVENT,
+    MessageJob,
+    Topic,
+    Webhook,
+    WebhookDelivery,
+    WebhookMessage,
+    WebhookOrder,
+    WebhookState,
+)
 
 __all__ = [
     "ACTIVE_STATES",
@@ -79,7 +90,9 @@ __all__ = [
     "ANONYMOUS",
     "PRINCIPAL_NAME",
     "RUNNER",
+    "SECRET_NAME",
     "TELEMETRY_EVENT",
+    "TEST_EVENT",
     "TRANSITIONS",
     "AdamW",
     "ApiKey",
@@ -114,6 +127,7 @@ __all__ = [
     "LayerPlan",
     "LogLine",
     "LogRecord",
+    "MessageJob",
     "MetricSeries",
     "Mlp",
     "NewApiKey",
@@ -144,11 +158,18 @@ __all__ = [
     "Telemetry",
     "TelemetryEvent",
     "Timeouts",
+    "Topic",
     "TrainingFinished",
     "View",
+    "Webhook",
+    "WebhookDelivery",
+    "WebhookMessage",
+    "WebhookOrder",
+    "WebhookState",
     "WorkerResources",
     "attempt_id",
     "job_of_attempt",
+    "new_hook_id",
     "new_job_id",
     "new_key_id",
 ]

@@ -16,6 +16,11 @@ def new_key_id() -> str:
     return "key_" + _ulid()
 
 
+def new_hook_id() -> str:
+    """A fresh identifier of a webhook, of the same kind."""
+    return "hook_" + _ulid()
+
+
 def attempt_id(job_id: str, number: int) -> str:
     """The name of attempt ``number`` (from 1) of a job; also the submission id that Ray knows it by."""
     return f"{job_id}-{number}"

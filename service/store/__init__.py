@@ -1,9 +1,10 @@
 """The service's memory: jobs, attempts, events, metrics and logs. The only part that speaks SQL."""
 
 from service.store.glances import Glance
+from service.store.lanes import Pending
 from service.store.leases import Lease, LeaseLost
 from service.store.retention import Retention, Told
 from service.store.step_arrays import STEP
 from service.store.store import JobStore
 
-__all__ = ["STEP", "Glance", "JobStore", "Lease", "LeaseLost", "Retention", "Told"]
+__all__ = ["STEP", "Glance", "JobStore", "Lease", "LeaseLost", "Pending", "Retention", "Told"]

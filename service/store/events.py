@@ -8,6 +8,7 @@ from datetime import datetime
 from sqlalchemy import Connection, insert, select, update
 
 from service.jobs import JobEvent
+from service.store.lanes import anyone_listens, extend_lanes
 from service.store.schema import events, jobs
 
 STATE_CHANGED = "state_changed"
@@ -29,11 +30,15 @@ class NewEvent:
 
 
 def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent]) -> None:
-    """Number the events and store them. The job's row stays locked until the transaction ends."""
+    """Number the events and store them, and let the webhooks be told that listen.
+
+    The job's row stays locked until the transaction ends.
+    """
     if not new:
         return
     counted = update(jobs).where(jobs.c.id == job_id).values(num_events=jobs.c.num_events + len(new))
-    last = connection.execute(counted.returning(jobs.c.num_events)).scalar_one()
+    asked = counted.returning(jobs.c.num_events, jobs.c.owner, anyone_listens().label("listened"))
+    last, owner, listened = connection.execute(asked).one()
     rows = [
         {
             "job_id": job_id,
@@ -47,6 +52,9 @@ def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent]) 
         for seq, e in enumerate(new, start=last - len(new) + 1)
     ]
     connection.execute(insert(events), rows)
+    if listened:
+        numbered = [(seq, e.type) for seq, e in enumerate(new, start=last - len(new) + 1)]
+        extend_lanes(connection, job_id, owner, numbered)
 
 
 def events_after(connection: Connection, job_id: str, after_seq: int, limit: int) -> list[JobEvent]:

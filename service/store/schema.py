@@ -270,6 +270,50 @@ audit = Table(
     Index("audit_by_principal", "principal", "seq"),
 )
 
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("topics", Text, nullable=False),
+    Column("secret_name", String(128), nullable=False),
+    Column("of_all", Boolean, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("num_deliveries", Integer, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Index("webhooks_by_owner", "owner", "id"),
+)
+
+# What is still to be told: of each job, to each webhook, the events from next_seq to last_seq that it wants. No key
+# refers to the webhook, so that whoever removes one never waits for an ingest, or an ingest for them.
+webhook_lanes = Table(
+    "webhook_lanes",
+    metadata,
+    Column("hook_id", String(64), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("next_seq", Integer, nullable=False),
+    Column("last_seq", Integer, nullable=False),
+    Column("num_failures", Integer, nullable=False),
+    Column("failing_since", UtcTime),
+    Column("next_try_at", UtcTime, nullable=False),
+    Index("webhook_lanes_by_time", "hook_id", "next_try_at"),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("hook_id", ForeignKey("webhooks.id"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("time", UtcTime, nullable=False),
+    Column("event", String(32), nullable=False),
+    Column("job_id", String(64)),
+    Column("seq", Integer),
+    Column("status", Integer),
+    Column("error", Words),
+    Column("duration_s", Measure, nullable=False),
+)
+
 _AUDIT_KEEPERS = {
     "sqlite": (
         "CREATE TRIGGER audit_refuses_update BEFORE UPDATE ON audit "

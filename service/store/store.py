@@ -56,6 +56,7 @@ from service.store.retention import Retention, Told, forget, require_told
 from service.store.sqlite import open_sqlite
 from service.store.step_arrays import Steps
 from service.store.steps import store_array
+from service.store.webhooks import Webhooks
 
 
 def utc_now() -> datetime:
@@ -78,6 +79,7 @@ class JobStore:
         self._parsed: dict[tuple[str, int], JobSpec] = {}
         self.principals = Principals(database, clock)
         self.keys = ApiKeys(database, clock)
+        self.webhooks = Webhooks(database, clock)
         self._cursors = cursors_of(database)
         self.audit = AuditTrail(database, self._cursors, clock)
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 _PROGRAM = """
 import json, sys
 from pathlib import Path
+from ipaddress import ip_network
 from service.api.rates import RateLimits
 from service.jobs import Role
 from service.log import configure_log
@@ -26,6 +27,11 @@ from tests.service.api.house import House
 
 configure_log(as_json=sys.argv[2] == "json")
 house = House(JobStore.open(Path(sys.argv[1]) / "jobs.sqlite"), limits=RateLimits(refusals="2/year"))
+house.secrets, house.networks = Path(sys.argv[3]), (ip_network("127.0.0.0/8"),)
+signing = "5ecre7-of-the-webhooks"
+for name, text in (("good", signing), ("open", signing), ("short", signing[:12])):
+    (house.secrets / name).write_text(text)
+    (house.secrets / name).chmod(0o644 if name == "open" else 0o600)
 operator = "operator-token-4f1d"
 job, ingest = house.running_job()
 wrong = "syncbn_" + "0b" * 32
@@ -46,6 +52,11 @@ with house.client(api_token=operator) as client:
     key = secrets[-1]
     ask("POST", "/v1/jobs", key, json={"name": "digits", "epochs": 1})
     ask("POST", "/v1/jobs", key, json={"name": "", "epochs": 0})
+    for name in ("good", "open", "short", "none", signing, signing + "!"):
+        hook = {"url": "http://127.0.0.1:9/", "events": ["*"], "secret": name}
+        path = ask("POST", "/v1/webhooks", operator, json=hook).headers.get("Location", "/v1/webhooks/none")
+        ask("POST", f"{path}:test", operator)
+        ask("GET", f"{path}/deliveries", operator)
     ask("POST", f"/v1/attempts/{job.id}-1/telemetry", ingest, json={"batches": []})
     ask("POST", f"/v1/attempts/{job.id}-1/telemetry", ingest, json={"batches": 3})
     for path in ("/v1/whoami", "/v1/api-keys", "/v1/audit", "/v1/jobs", "/metrics", "/openapi.json"):
@@ -59,13 +70,17 @@ with house.client(api_token=operator) as client:
     with house.store._database.write() as connection:
         connection.exec_driver_sql("DROP TABLE audit")
     ask("POST", "/v1/jobs", key, json={"name": "unrecorded", "epochs": 1})
+secrets.append(signing)
 print(json.dumps({"secrets": secrets, "answers": answers}))
 """
 
 
 @pytest.mark.parametrize("log", ["json", "text"])
 def test_no_secret_is_written_to_log_database_or_any_answer_but_one(tmp_path: Path, log: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", _PROGRAM, str(tmp_path), log]
+    written_to, kept_in = tmp_path / "written", tmp_path / "secrets"
+    written_to.mkdir()
+    kept_in.mkdir()
+    command = [sys.executable, "-W", "ignore", "-c", _PROGRAM, str(written_to), log, str(kept_in)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
@@ -73,10 +88,10 @@ def test_no_secret_is_written_to_log_database_or_any_answer_but_one(tmp_path: Pa
     assert statuses >= {200, 201, 401, 404, 422, 429, 500, 503}  # every way out has been taken
     assert "ZeroDivision" in ran.stderr or "TypeError" in ran.stderr
     assert "not on record" in ran.stderr
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    files = {path.name: path.read_bytes() for path in written_to.iterdir()}
     assert b"principals" in files["jobs.sqlite"]
     written = {"log": ran.stderr.encode(), "answers": json.dumps(told["answers"]).encode(), **files}
-    assert len(set(told["secrets"])) == 5
+    assert len(set(told["secrets"])) == 6
     for secret in told["secrets"]:
         bare = secret.removeprefix("syncbn_").encode()
         assert [name for name, text in written.items() if bare in text] == []
@@ -100,5 +115,6 @@ def test_of_every_secret_the_schema_keeps_a_digest() -> None:
         "attempts.token_sha256",
         "api_keys.sha256",
         "idempotency_keys.spec_sha256",
+        "webhooks.secret_name",  # the name of a file that the service's operator keeps
         "leases.token",  # counts the lease's holders; it opens nothing
     }

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -15,6 +16,7 @@ from service.errors import ClusterUnreachable, FieldProblem
 from service.jobs import IngestBatch, Job, JobSpec, JobState, PrincipalTerms, Role, TelemetryEvent, attempt_id
 from service.planner import Planner
 from service.store import JobStore
+from service.webhooks import AddressGuard, Desk, SecretFiles, Sender
 from tests.service.store.telling import rank_batch, spec
 
 
@@ -28,8 +30,11 @@ class House:
     parts: dict[str, str] = field(default_factory=lambda: {"store": "ok", "cluster": "ok"})
     limits: RateLimits | None = None
     storage: Path = Path("/nowhere")
+    secrets: Path | None = None
+    networks: tuple[IPv4Network, ...] = ()
 
     def app(self, api_token: str | None = None, stopping: threading.Event | None = None) -> FastAPI:
+        guard, secrets = AddressGuard(self.networks), SecretFiles(self.secrets)
         return create_app(
             self.store,
             check_placement=self._check_placement,
@@ -37,6 +42,7 @@ class House:
             plan=Planner().plan,
             readiness=lambda: self.parts,
             gauges=lambda: {"syncbn_cluster_up": float(self.cluster_answers)},
+            hooks=Desk(guard, secrets, Sender(guard, secrets)),
             stopping=stopping or threading.Event(),
             api_token=None if api_token is None else SecretStr(api_token),
             limits=self.limits,

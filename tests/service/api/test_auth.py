@@ -33,7 +33,7 @@ def routes(client: TestClient) -> list[tuple[str, str]]:
 
 
 def ask(client: TestClient, method: str, path: str, headers: dict[str, str], job_id: str = "job_none") -> Any:
-    filled = path.format(job_id=job_id, key_id="key_none", name="train")
+    filled = path.format(job_id=job_id, key_id="key_none", hook_id="hook_none", name="train")
     return client.request(method, filled, headers=headers, json=None if method == "get" else {})
 
 

@@ -23,6 +23,7 @@ from service.errors import FieldProblem, InvalidRequest
 from service.jobs import JobPlan, JobSpec, JobState, LogLine, attempt_id
 from service.store import JobStore
 from service.training.plan import Impossible, plan
+from service.webhooks import AddressGuard, Desk, SecretFiles, Sender
 from tests.service.api.house import House
 from tests.service.store.telling import drift, evaluation, started, step
 
@@ -40,6 +41,7 @@ def _plan(spec: JobSpec) -> JobPlan:
 @pytest.fixture(scope="module")
 def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     store = JobStore.open(tmp_path_factory.mktemp("contract") / "jobs.sqlite")
+    guard, secrets = AddressGuard(), SecretFiles(None)
     app = create_app(
         store,
         storage=Path("/nowhere"),
@@ -47,6 +49,7 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         plan=_plan,
         readiness=lambda: {"store": "ok"},
         gauges=lambda: {},
+        hooks=Desk(guard, secrets, Sender(guard, secrets)),
         stopping=threading.Event(),
         allowed_hosts=("*",),
     )
