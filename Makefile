@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench soak clean
 
 venv: $(STAMP)
 
@@ -28,5 +28,10 @@ lint: venv
 bench: venv
 	$(BIN)/python -m benchmarks
 
+# Kills the service for hours and counts what it forgot; goes on where it was interrupted, until .soak is removed.
+SOAK_KILLS ?= 1000
+soak: venv
+	$(BIN)/python -m tests.faults.soak $(SOAK_KILLS) .soak/tally.json
+
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .soak .pytest_cache .mypy_cache .ruff_cache .hypothesis
