@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint bench soak clean
+.PHONY: venv demo test lint bench soak openapi clean
 
 venv: $(STAMP)
 
@@ -32,6 +32,9 @@ bench: venv
 SOAK_KILLS ?= 1000
 soak: venv
 	$(BIN)/python -m tests.faults.soak $(SOAK_KILLS) .soak/tally.json
+
+openapi: venv
+	$(BIN)/python -m service.api > docs/openapi.json
 
 clean:
 	rm -rf $(VENV) .demo .soak .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,11 @@
+from pathlib import Path
+
 import pytest
 from fastapi.testclient import TestClient
+
+from service.api.__main__ import document
+
+ROOT = Path(__file__).parents[3]
 
 _ERRORS = {
     ("post", "/v1/jobs:validate"): {400, 401, 403, 413, 415, 422, 429, 503},
@@ -33,8 +39,19 @@ _ERRORS = {
     ("post", "/v1/api-keys/{key_id}:revoke"): {400, 401, 403, 404, 429, 503},
     ("post", "/v1/api-keys/{key_id}:rotate"): {400, 401, 403, 404, 409, 413, 415, 422, 429, 503},
     ("get", "/v1/audit"): {400, 401, 403, 422, 429, 503},
+    ("get", "/v1/webhooks"): {400, 401, 422, 429, 503},
+    ("post", "/v1/webhooks"): {400, 401, 403, 413, 415, 422, 429, 503},
+    ("delete", "/v1/webhooks/{hook_id}"): {400, 401, 403, 404, 429, 503},
+    ("get", "/v1/webhooks/{hook_id}"): {400, 401, 404, 429, 503},
+    ("get", "/v1/webhooks/{hook_id}/deliveries"): {400, 401, 404, 422, 429, 503},
+    ("post", "/v1/webhooks/{hook_id}:test"): {400, 401, 403, 404, 429, 503},
     ("post", "/v1/attempts/{attempt_id}/telemetry"): {400, 401, 413, 415, 422, 429, 503},
 }
+
+
+def test_the_document_that_is_published_is_that_of_this_code() -> None:
+    published = (ROOT / "docs/openapi.json").read_text()
+    assert published == document(), "the API has changed: look at what, then `make openapi`"
 
 
 def test_the_document_names_every_route_with_the_errors_it_may_answer(client: TestClient) -> None:
