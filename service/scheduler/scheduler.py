@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import structlog
@@ -168,7 +169,7 @@ class Scheduler:
             queued,
             active,
             self._capacity,
-            quota_of=self._quota_of,
+            quota_of=cache(self._quota_of),  # asked for each job, and kept for this one look
             states_before=states | (self._store.states_of(sorted(ended)) if ended else {}),
             cluster_error=self._cluster_error,
         )

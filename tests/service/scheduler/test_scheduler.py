@@ -376,9 +376,16 @@ def test_a_job_starts_after_those_it_names_or_fails_with_them(store: JobStore, t
 def test_owners_share_the_cluster_and_keep_to_their_quotas(store: JobStore, tmp_path: Path) -> None:
     cluster = Cluster(store, num_cpus=6)
     quotas = {"a": Quota(max_running_workers=4), "b": Quota()}
-    ticker = scheduler(store, cluster, tmp_path, quota_of=lambda owner: quotas[owner])
+    asked: list[str] = []
+
+    def quota_of(owner: str) -> Quota:
+        asked.append(owner)
+        return quotas[owner]
+
+    ticker = scheduler(store, cluster, tmp_path, quota_of=quota_of)
     jobs = [submit(store, owner=owner, num_workers=2) for owner in "aaabb"]
     ticker.tick()
+    assert sorted(asked) == ["a", "b"]
     assert [request.job_id for request in cluster.launched] == [jobs[0].id, jobs[3].id, jobs[1].id]
     assert seen(store, jobs[2]) == (JobState.QUEUED, Reason.BEHIND_OTHERS)
     assert seen(store, jobs[4]) == (JobState.QUEUED, Reason.CLUSTER_FULL)
