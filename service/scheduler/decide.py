@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from service.jobs import Attempt, Job, JobState, Outcome, Phase, Reason, ReasonClass
-from service.scheduler.launcher import Observation
+from service.scheduler.launcher import LaunchState, Observation
 
 START_GRACE_S = 60.0
 """How much longer than its heartbeat limit an attempt may take to report for the first time."""
+
+HANDOVER_S = 15.0
+"""How long a scheduler that takes over waits for an attempt that the one before may just be handing to the cluster."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def _decide_running(job: Job, evidence: Evidence) -> Decision:
     if (late := _past_total(job, now) or _past_idle(job, evidence)) is not None:
         return late
     if evidence.observation is not None and evidence.left_nothing:
+        if _may_be_on_its_way(job, evidence.observation, evidence):
+            return WAIT
         said = f"the cluster says {evidence.observation.state}: {_last_line(evidence.observation.message)}".rstrip(": ")
         detail = f"the runner left without a last word; {said}"
         return Decision(JobState.RECOVERING, Reason.RUNNER_LOST, detail, keep_output=True)
@@ -163,6 +168,13 @@ def _decide_running(job: Job, evidence: Evidence) -> Decision:
         detail = f"its runner has been silent for {silence_s:.0f} s, longer than heartbeat_s allows"
         return Decision(JobState.RECOVERING, Reason.NO_HEARTBEAT, detail, stop=True, keep_output=True)
     return WAIT
+
+
+def _may_be_on_its_way(job: Job, observation: Observation, evidence: Evidence) -> bool:
+    """Whether another scheduler began this attempt so shortly ago that the cluster may not have heard of it yet."""
+    unheard_of = job.state is JobState.STARTING and observation.state is LaunchState.UNKNOWN
+    began_before = job.state_since < evidence.listening_since
+    return unheard_of and began_before and evidence.now - job.state_since <= timedelta(seconds=HANDOVER_S)
 
 
 def _past_total(job: Job, now: datetime) -> Decision | None:

@@ -109,6 +109,11 @@ S, L = JobState, LaunchState
         ((S.RUNNING, L.FAILED), S.RECOVERING, Reason.RUNNER_LOST),
         ((S.RUNNING, L.UNKNOWN), S.RECOVERING, Reason.RUNNER_LOST),
         ((S.RUNNING, L.SUCCEEDED), S.RECOVERING, Reason.RUNNER_LOST),
+        # unless the scheduler before this one may just be handing it to the cluster
+        ((S.STARTING, L.UNKNOWN, {"ranks": 0, "since_s": 5.0, "listening_s": 2.0}), None, None),
+        ((S.STARTING, L.UNKNOWN, {"ranks": 0, "since_s": 16.0, "listening_s": 2.0}), S.RECOVERING, Reason.RUNNER_LOST),
+        ((S.STARTING, L.UNKNOWN, {"ranks": 0, "since_s": 5.0}), S.RECOVERING, Reason.RUNNER_LOST),
+        ((S.STARTING, L.FAILED, {"ranks": 0, "since_s": 5.0, "listening_s": 2.0}), S.RECOVERING, Reason.RUNNER_LOST),
         # silence
         ((S.RUNNING, L.RUNNING, {"silent_s": 61.0}), S.RECOVERING, Reason.NO_HEARTBEAT),
         ((S.RUNNING, L.RUNNING, {"silent_s": 61.0, "listening_s": 30.0}), None, None),
