@@ -95,7 +95,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
             storage=settings.storage_path,
             plan=Planner().plan,
             readiness=lambda: _readiness(store, scheduler, settings.data_dir),
-            gauges=lambda: {"syncbn_cluster_up": float(scheduler.cluster_status == "ok")},
+            gauges=lambda: scheduler.gauges,
             hooks=Desk(guard, secrets, sender),
             api_token=settings.api_token,
             limits=RateLimits(requests=settings.rate_limit, refusals=settings.refusal_limit),

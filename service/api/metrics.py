@@ -61,12 +61,13 @@ class _Asked(Collector):
             jobs.add_metric([state], counted.get(state, 0))
         yield jobs
         for name, value in self._gauges().items():
-            yield GaugeMetricFamily(name, _MEANINGS[name], value=value)
+            yield GaugeMetricFamily(name, MEANINGS[name], value=value)
 
 
-_MEANINGS = {
+MEANINGS = {
     "syncbn_cluster_up": "Whether the cluster answers.",
     "syncbn_open_streams": "Readers that follow a job now.",
     "syncbn_scheduler_leads": "Whether this process schedules, of all that share the database.",
     "syncbn_scheduler_tick_age_seconds": "Time since the scheduler last looked at all jobs.",
 }
+"""Every metric that other parts may tell, and what it means."""

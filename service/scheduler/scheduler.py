@@ -68,6 +68,7 @@ class Scheduler:
         self._cluster_error = "the cluster has not answered yet"
         self._capacity_at = float("-inf")
         self._observed_at: dict[str, float] = {}
+        self._looked_at = time.monotonic()
         self._heartbeats = Sightings()
         self._steps = Sightings()
 
@@ -75,6 +76,15 @@ class Scheduler:
     def cluster_status(self) -> str:
         """The word "ok", or why the cluster cannot be used now."""
         return "ok" if self._capacity is not None else self._cluster_error
+
+    @property
+    def gauges(self) -> dict[str, float]:
+        """What a monitor should know: whether this one leads, whether the cluster answers, how old its last look is."""
+        return {
+            "syncbn_cluster_up": float(self._capacity is not None),
+            "syncbn_scheduler_leads": float(self._leadership.lease is not None),
+            "syncbn_scheduler_tick_age_seconds": time.monotonic() - self._looked_at,
+        }
 
     def placement_problems(self, spec: JobSpec) -> Sequence[FieldProblem]:
         """Why the cluster could never hold the job, as far as its size is known."""
@@ -97,6 +107,7 @@ class Scheduler:
     def tick(self) -> bool:
         """Look at every unfinished job once. False if all there is to do is to watch what runs or waits."""
         self._refresh_capacity()
+        self._looked_at = time.monotonic()
         led = self._leadership.lease is not None
         if not self._leadership.hold():
             return False
@@ -275,6 +286,7 @@ class Scheduler:
             spec=job.spec,
             ingest_url=self._ingest_url,
             storage=str(self._storage / job.id),
+            told_step=self._store.told_step(job.id),
             start_checkpoint=job.start_checkpoint,
         )
         _log.info("launching", job=job.id, attempt=job.attempt, workers=job.spec.num_workers)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from service.api.metrics import MEANINGS
 from service.jobs import (
     ANONYMOUS,
     AttemptEnded,
@@ -424,3 +425,19 @@ def test_a_job_begins_from_the_checkpoint_that_it_was_given(store: JobStore, tmp
     store.create(JobSpec(name="t", epochs=1), start_checkpoint="/storage/step-1.pt")
     scheduler(store, cluster, tmp_path).tick()
     assert [request.start_checkpoint for request in cluster.launched] == ["/storage/step-1.pt"]
+
+
+def test_gauges_tell_who_leads_whether_the_cluster_answers_and_how_old_the_last_look_is(
+    store: JobStore, tmp_path: Path
+) -> None:
+    cluster = Cluster(store)
+    first, second = (scheduler(store, cluster, tmp_path, holder=name) for name in ("first", "second"))
+    assert first.gauges["syncbn_cluster_up"] == 0
+    before = time.monotonic()
+    for each in (first, second):
+        each.tick()
+    age_s = first.gauges["syncbn_scheduler_tick_age_seconds"]
+    assert 0 < age_s <= time.monotonic() - before
+    assert [each.gauges["syncbn_scheduler_leads"] for each in (first, second)] == [1, 0]
+    assert first.gauges["syncbn_cluster_up"] == 1
+    assert set(first.gauges) <= set(MEANINGS)
