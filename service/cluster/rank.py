@@ -91,6 +91,7 @@ class Rank:
             storage=Path(self._request.storage),
             attempt=self._request.attempt,
             start_checkpoint=Path(self._request.start_checkpoint) if self._request.start_checkpoint else None,
+            told_step=self._request.told_step,
         )
         store = self._store or TCPStore(host, port, is_master=False, timeout=self._rendezvous_timeout)
         join(self._rank, spec.num_workers, store, context.device, spec.timeouts.collective_s)

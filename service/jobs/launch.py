@@ -19,6 +19,8 @@ class LaunchRequest(BaseModel):
     ingest_url: HttpUrl
     storage: str
     """Folder of the job, the same path on the service and on every worker: checkpoints go below it."""
+    told_step: int | None = None
+    """How far every rank of the job has told its steps. To go on from beyond would leave a hole in the series."""
     start_checkpoint: str | None = None
     """A checkpoint file of another job to begin from, where this job has none of its own yet."""
 

@@ -92,6 +92,13 @@ def get_attempts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> d
     return found
 
 
+def told_step(connection: Connection, job_id: str) -> int | None:
+    """How far every rank that began has told its steps, in the newest attempt that any began in; None before that."""
+    begun = (ranks.c.job_id == job_id, ranks.c.rank >= 0, ranks.c.started)
+    query = select(func.min(ranks.c.last_step)).where(*begun).group_by(ranks.c.attempt)
+    return connection.execute(query.order_by(ranks.c.attempt.desc()).limit(1)).scalar()
+
+
 def _reached(connection: Connection, pairs: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:
     """By job: how many ranks have started, and the last step of any."""
     num_started = func.sum(case((ranks.c.started, 1), else_=0))

@@ -315,6 +315,11 @@ class JobStore:
         with self._database.read() as connection:
             return attempts.get_attempt(connection, job_id, number)
 
+    def told_step(self, job_id: str) -> int | None:
+        """How far every rank of the job has told its steps; None before any has begun."""
+        with self._database.read() as connection:
+            return attempts.told_step(connection, job_id)
+
     def newest_attempts(self, of: Iterable[Job]) -> dict[str, Attempt]:
         """By job, the attempt that it is in, as far as it has reported; in a few queries for any number of jobs."""
         wanted = [(job.id, job.attempt) for job in of]

@@ -128,10 +128,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), proof=proof)
 
 
-def latest_checkpoint(folder: Path) -> LatestCheckpoint:
-    """The newest good checkpoint in ``folder``, which need not exist. Reads files until one is good."""
+def latest_checkpoint(folder: Path, told_step: int | None = None) -> LatestCheckpoint:
+    """The newest good checkpoint in ``folder``, which need not exist. Reads files until one is good.
+
+    With ``told_step``, those of later steps come last: they count only where there is no other.
+    """
     problems: list[str] = []
-    for path in _newest_first(folder):
+    paths = _newest_first(folder)
+    for path in sorted(paths, key=lambda path: told_step is not None and _step_of(path) > told_step):
         try:
             return LatestCheckpoint(read_checkpoint(path), tuple(problems))
         except UnusableCheckpoint as problem:

@@ -12,6 +12,7 @@ class RankContext:
 
     ``storage`` is the job's folder, the same path on every rank; checkpoints go to ``storage / "checkpoints"``.
     With more than one rank the default process group must exist before training starts and outlive it.
+    ``told_step`` is how far every rank has told its steps: of checkpoints those beyond it are the second choice.
     ``start_checkpoint`` is a checkpoint of another job to begin from where ``storage`` holds none.
     """
 
@@ -21,6 +22,7 @@ class RankContext:
     storage: Path
     attempt: int = 1
     start_checkpoint: Path | None = None
+    told_step: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:

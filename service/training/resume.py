@@ -20,13 +20,15 @@ def find_checkpoint(context: RankContext, fingerprint: str) -> LatestCheckpoint:
     """The newest checkpoint that is good on every rank, or none where no rank sees any. All ranks must call.
 
     Every rank reads and verifies by itself, and one exchange finds the oldest of their findings, so that ranks never
-    go on from different steps. Where no rank sees any, ``context.start_checkpoint`` counts.
+    go on from different steps. A checkpoint of a step that was not told to the service (``context.told_step``) is
+    passed over where there is an older one, so that the steps that were lost are measured again. Where no rank sees
+    any, ``context.start_checkpoint`` counts.
 
     Raises: UnusableCheckpoint if only some ranks see a checkpoint, if it belongs to a run with another fingerprint, or
         if the start checkpoint is not whole.
     """
     folder = context.checkpoint_folder
-    found = latest_checkpoint(folder)
+    found = latest_checkpoint(folder, context.told_step)
     step = found.checkpoint.step if found.checkpoint else 0
     lowest, highest = _range_over_ranks(step, context)
     if lowest == 0 and highest > 0:

@@ -50,7 +50,9 @@ def _broken_histories(store: JobStore) -> list[str]:
 
 def _forgotten_answers(store: JobStore, story: Story) -> list[str]:
     paths = {job.id: path_of(all_events(store, job.id)) for job in store.list_jobs(limit=100).items}
-    return [f"{job_id}: {state} was answered" for state, job_id in story.answered() if state not in paths[job_id]]
+    return [
+        f"{job_id}: {state} was answered" for state, job_id in story.answered() if state not in paths.get(job_id, [])
+    ]
 
 
 def _launches_beside_others(cluster: JournalCluster) -> list[str]:
