@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from pydantic import HttpUrl
 
@@ -20,12 +20,20 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
-"""All that is routed of IPv6 (RFC 4291, section 2.4); what leads to IPv4 in disguise lies elsewhere, but for 6to4."""
+"""All that is routed of IPv6 (RFC 4291, section 2.4); what leads to IPv4 in disguise lies elsewhere, or below."""
 
-_SIX_TO_FOUR = IPv6Network("2002::/16")
-
-_PUBLIC_BUT_LOCAL = (IPv4Address("168.63.129.16"),)
-"""Azure's host, which answers its guests at an address that looks public."""
+_NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        (
+            "192.0.0.0/24",  # of protocols (RFC 6890); some clouds tell metadata there. Not all Pythons know
+            "192.88.99.0/24",  # relays of 6to4
+            "168.63.129.16/32",  # Azure's host, which answers its guests at an address that looks public
+            "2002::/16",  # 6to4, which leads to IPv4 in disguise
+            "3fff::/20",  # for documents (RFC 9637)
+        ),
+    )
+)
 
 _MAX_ADDRESSES = 4
 
@@ -58,22 +66,24 @@ class AddressGuard:
         raise Refused(f"{text} in {KNOB}")
 
     def _allows(self, address: Address, *, plain: bool) -> bool:
-        named = any(address in network for network in self._networks if network.version == address.version)
+        named = _in_any(address, self._networks)
         return named or (not plain and is_public(address))
 
 
 def is_public(address: Address) -> bool:
     """Whether the address is of a machine on the public internet: one, and nobody's own."""
-    if address in _PUBLIC_BUT_LOCAL or address.is_multicast or address.is_reserved:
+    if address.is_multicast or address.is_reserved or _in_any(address, _NOT_PUBLIC):
         return False
-    if isinstance(address, IPv6Address) and (address not in _GLOBAL_UNICAST or address in _SIX_TO_FOUR):
-        return False
-    return address.is_global
+    return address.is_global and (isinstance(address, IPv4Address) or address in _GLOBAL_UNICAST)
 
 
 def unwrapped(address: Address) -> Address:
     """The address that is really meant: of an IPv4 address written as IPv6 (``::ffff:a.b.c.d``) the former."""
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _in_any(address: Address, networks: Sequence[Network]) -> bool:
+    return any(address in network for network in networks if network.version == address.version)
 
 
 async def _resolve(host: str, port: int, timeout_s: float) -> list[Address]:

@@ -76,7 +76,7 @@ class Dispatcher:
                 try:
                     await self._tick()
                 except LeaseLost:
-                    self._leadership.lose()
+                    self._lose()
                 except ServiceError as error:
                     _log.warning("webhooks wait", error=str(error))
                 await asyncio.sleep(self._poll_s)
@@ -115,7 +115,7 @@ class Dispatcher:
                 await asyncio.to_thread(self._hooks.succeeded, told, delivery, self._lease())
                 self._standings.pop(hook_id, None)
         except LeaseLost:
-            self._leadership.lose()
+            self._lose()
         except ServiceError as error:
             _log.warning("webhook waits", hook=hook_id, error=str(error))
 
@@ -143,6 +143,10 @@ class Dispatcher:
         if lease is None:
             raise LeaseLost("another service delivers by now")
         return lease
+
+    def _lose(self) -> None:
+        if self._leadership.lease is not None:  # or another worker has said so already
+            self._leadership.lose()
 
     def _failed_again(self, hook_id: str) -> None:
         standing = self._standing(hook_id)

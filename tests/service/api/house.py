@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -31,7 +31,7 @@ class House:
     limits: RateLimits | None = None
     storage: Path = Path("/nowhere")
     secrets: Path | None = None
-    networks: tuple[IPv4Network, ...] = ()
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     def app(self, api_token: str | None = None, stopping: threading.Event | None = None) -> FastAPI:
         guard, secrets = AddressGuard(self.networks), SecretFiles(self.secrets)
