@@ -22,4 +22,4 @@ def test_a_service_killed_between_any_two_writes_forgets_nothing_and_does_nothin
             wrong[f"{folder.name}: killed before {killed_before}"] = problems
     assert not wrong
     assert killed[THE_END] == 1
-    assert {"COMMIT", "cluster: launch", "INSERT INTO events", "UPDATE jobs SET"} <= killed.keys()
+    assert killed.total() > 20
