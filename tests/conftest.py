@@ -15,11 +15,17 @@ hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``pytest -n`` all tests that start Ray share one process: they share its heads, and are slow enough."""
     for item in items:
-        if item.path.parts[-2] == "e2e" or item.path.parts[-3:-1] == ("service", "cluster"):
+        if starts_ray(item):
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+def starts_ray(item: pytest.Item) -> bool:
+    """Whether the test may start Ray, by where it is."""
+    return item.path.parts[-2] == "e2e" or item.path.parts[-3:-1] == ("service", "cluster")
 
 
 @pytest.fixture(scope="session", autouse=True)
