@@ -42,29 +42,26 @@ def anyone_listens() -> ColumnElement[bool]:
 def extend_lanes(connection: Connection, job_id: str, owner: str, numbered: Sequence[tuple[int, str]]) -> None:
     """Let every webhook that listens be told of the job's new events, which are given by number and type."""
     query = select(webhooks.c.id, webhooks.c.topics).where(*_listening(owner)).order_by(webhooks.c.id)
+    lanes = []
     for hook in connection.execute(query).all():
         topics = json.loads(hook.topics)
         wanted = [seq for seq, kind in numbered if kind in topics or Topic.EVERYTHING in topics]
         if wanted:
-            _extend(connection, hook.id, job_id, wanted[0], wanted[-1])
+            lane = {"hook_id": hook.id, "job_id": job_id, "next_seq": wanted[0], "last_seq": wanted[-1]}
+            lanes.append(lane | {"num_failures": 0, "next_try_at": _AT_ONCE})
+    if lanes:
+        _extend(connection, lanes)
 
 
 def _listening(owner: Any) -> tuple[ColumnElement[bool], ...]:
     return (webhooks.c.state == WebhookState.ACTIVE, or_(webhooks.c.of_all, webhooks.c.owner == owner))
 
 
-def _extend(connection: Connection, hook_id: str, job_id: str, first_seq: int, last_seq: int) -> None:
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    lane = insert(webhook_lanes).values(
-        hook_id=hook_id,
-        job_id=job_id,
-        next_seq=first_seq,
-        last_seq=last_seq,
-        num_failures=0,
-        next_try_at=_AT_ONCE,
-    )
-    longer = {"last_seq": lane.excluded.last_seq}
-    connection.execute(lane.on_conflict_do_update(index_elements=["hook_id", "job_id"], set_=longer))
+def _extend(connection: Connection, lanes: Sequence[dict[str, Any]]) -> None:
+    """Begin these lanes, or let those that there are end later."""
+    insert = (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(webhook_lanes)
+    longer = {"last_seq": insert.excluded.last_seq}
+    connection.execute(insert.on_conflict_do_update(index_elements=["hook_id", "job_id"], set_=longer), lanes)
 
 
 def hooks_due(connection: Connection, now: datetime) -> list[str]:
