@@ -17,6 +17,7 @@ from service.scheduler.decide import Decision, Evidence, decide, passed_deadline
 from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
 from service.scheduler.leadership import Leadership
 from service.scheduler.placement import has_room, placement_problems
+from service.scheduler.refusals import Refusals
 from service.scheduler.sightings import Sightings
 from service.scheduler.wall_clock import WallClock, utc_now
 from service.store import JobStore, LeaseLost
@@ -71,6 +72,7 @@ class Scheduler:
         self._looked_at = time.monotonic()
         self._heartbeats = Sightings()
         self._steps = Sightings()
+        self._refusals = Refusals()
 
     @property
     def cluster_status(self) -> str:
@@ -219,6 +221,8 @@ class Scheduler:
         decision = decide(job, evidence)
         if decision.to is JobState.RECOVERING:
             decision = within_budget(job, decision, self._store.count_recoveries(job.id))
+        if decision.start and self._refusals.hold_back(job.id, time.monotonic()):
+            return
         if decision.start:
             decision = self._unless_room_is_gone(job, active, decision)
         try:
@@ -260,6 +264,7 @@ class Scheduler:
         self._observed_at = {name: time for name, time in self._observed_at.items() if name in names}
         self._heartbeats.forget_all_but(names)
         self._steps.forget_all_but(names)
+        self._refusals.forget_all_but({job.id for job in active})
 
     # What follows
 
@@ -292,8 +297,11 @@ class Scheduler:
         _log.info("launching", job=job.id, attempt=job.attempt, workers=job.spec.num_workers)
         try:
             self._launcher.launch(request, token)
+            self._refusals.forget(job.id)
         except ClusterUnreachable as error:
-            self._transition(job, Decision(JobState.RECOVERING, Reason.CLUSTER_UNREACHABLE, str(error)))
+            waits_s = self._refusals.note(job.id, time.monotonic())
+            detail = f"{error}; asked again in {waits_s:g} s"
+            self._transition(job, Decision(JobState.RECOVERING, Reason.CLUSTER_UNREACHABLE, detail))
 
     def _transition(self, job: Job, decision: Decision) -> None:
         assert decision.to is not None

@@ -11,7 +11,8 @@ class ScriptedLauncher:
     """A cluster that does what its owner says.
 
     ``on_launch`` is called with each new attempt and its ingest token, so that a test can report for it.
-    Set ``reachable`` to False and every method raises `ClusterUnreachable`; end an attempt with `finish`.
+    Set ``reachable`` to False and every method raises `ClusterUnreachable`, or ``takes_jobs`` and `launch` alone does;
+    end an attempt with `finish`.
     """
 
     def __init__(
@@ -20,6 +21,8 @@ class ScriptedLauncher:
         on_launch: Callable[[LaunchRequest, str], None] = lambda request, token: None,
     ) -> None:
         self.reachable = True
+        self.takes_jobs = True
+        self.num_refused = 0
         self.launched: list[LaunchRequest] = []
         self.stopped: list[str] = []
         self._on_launch = on_launch
@@ -48,6 +51,9 @@ class ScriptedLauncher:
         self._answer()
         if request.attempt_id in self._observations:
             return
+        if not self.takes_jobs:
+            self.num_refused += 1
+            raise ClusterUnreachable("the scripted cluster is told to take no job")
         self._observations[request.attempt_id] = Observation(LaunchState.RUNNING)
         self.launched.append(request)
         self._on_launch(request, ingest_token)

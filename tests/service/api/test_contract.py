@@ -97,7 +97,7 @@ def test_every_answer_is_one_that_the_document_promises(schema: Any, mode: Gener
 
         @_PROFILE
         @given(case=operation.as_strategy(generation_mode=mode))
-        def answer(case: schemathesis.Case) -> None:
+        def answer(case: schemathesis.Case[Any]) -> None:
             case.call_and_validate(checks=_CHECKS)
 
         try:

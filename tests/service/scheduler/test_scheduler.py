@@ -441,3 +441,24 @@ def test_gauges_tell_who_leads_whether_the_cluster_answers_and_how_old_the_last_
     assert [each.gauges["syncbn_scheduler_leads"] for each in (first, second)] == [1, 0]
     assert first.gauges["syncbn_cluster_up"] == 1
     assert set(first.gauges) <= set(MEANINGS)
+
+
+def test_a_cluster_that_refuses_a_job_is_asked_again_less_and_less_often(store: JobStore, tmp_path: Path) -> None:
+    cluster = Cluster(store)
+    cluster.takes_jobs = False
+    ticker = scheduler(store, cluster, tmp_path)
+    job = submit(store)
+    before = time.monotonic()
+    while cluster.num_refused < 2:
+        ticker.tick()
+        assert time.monotonic() - before < 60
+    assert time.monotonic() - before >= 1.0  # however often it looked
+    state, reason = seen(store, job)
+    assert (state, reason) == (JobState.RECOVERING, Reason.CLUSTER_UNREACHABLE)
+    assert "asked again in 2 s" in store.get(job.id).detail
+    cluster.takes_jobs = True
+    while not cluster.launched:
+        ticker.tick()
+        assert time.monotonic() - before < 60
+    assert time.monotonic() - before >= 3.0
+    assert store.get(job.id).attempt == 3
