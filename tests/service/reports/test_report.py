@@ -30,6 +30,7 @@ def _job(state: JobState, data: str = "builtin:digits", **fields: datetime) -> J
             "state": state,
             "version": 1,
             "created_at": _BIRTH,
+            "state_since": _BIRTH,
             "updated_at": _BIRTH,
             **fields,
         }
