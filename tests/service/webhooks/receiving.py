@@ -87,6 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # with the usual 5 the system refuses some of many who come at once
+
     def __init__(self, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         if tls is not None:
