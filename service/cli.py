@@ -19,6 +19,7 @@ from service.jobs import JobSpec, JobState, LogRecord
 from service.keys_cli import keys_app
 from service.log import configure_log
 from service.maintenance import maintenance_app
+from service.options import JobArgument, JsonOption, SpecArgument
 from service.settings import ClientSettings, Settings
 from service.steering_cli import steering_app
 
@@ -31,9 +32,6 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(maintenance_app)
 app.add_typer(steering_app)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job id, as `syncbn list` shows it.")]
 
 
 def main() -> None:
@@ -67,7 +65,7 @@ def serve(
 
 @app.command()
 def submit(
-    spec_file: Annotated[Path, typer.Argument(metavar="SPEC", help="A .json or .toml file, or - for JSON on stdin.")],
+    spec_file: SpecArgument,
     assignments: Annotated[
         list[str], typer.Option("--set", help="Change one field: --set num_workers=4 --set optimizer.momentum=0.5")
     ] = [],  # noqa: B006 - typer's way to say "none given"
@@ -89,7 +87,7 @@ def submit(
 
 @app.command()
 def plan(
-    spec_file: Annotated[Path, typer.Argument(metavar="SPEC", help="A .json or .toml file, or - for JSON on stdin.")],
+    spec_file: SpecArgument,
     assignments: Annotated[list[str], typer.Option("--set", help="Change one field, as for submit.")] = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from service.errors import FieldProblem, InvalidRequest
 from service.jobs import ApiKey, AuditEntry, KeyOrder, NewApiKey, PrincipalTerms, Role
+from service.options import DataDir, JsonOption
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make, list, replace and revoke API keys on the service's machine.")
 
-DataDir = Annotated[Path | None, typer.Option(help="The service's data folder. [SYNCBN_DATA_DIR]")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="A key's id, as `syncbn keys list` shows it.")]
 PrincipalOption = Annotated[str, typer.Option(help="Whose key it is.")]
 

@@ -12,6 +12,7 @@ import typer
 
 from service.errors import ServiceError
 from service.lock import lock_data_folder
+from service.options import DataDir, JsonOption
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 maintenance_app = typer.Typer()
 
-DataDir = Annotated[Path | None, typer.Option(help="The service's data folder. [SYNCBN_DATA_DIR]")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 Days = Annotated[float | None, typer.Option(min=0, help="Forget what is older; left out, it is kept for ever.")]
 
 _GRACE_S = 86_400.0

@@ -10,11 +10,9 @@ from service.client import Client
 from service.connection import open_client
 from service.errors import FieldProblem, InvalidRequest
 from service.jobs import Job
+from service.options import JobArgument, JsonOption
 
 steering_app = typer.Typer()
-
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job id, as `syncbn list` shows it.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
 
 
 @steering_app.command()

@@ -63,7 +63,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/client.py": {"service.jobs", "service.errors", "pydantic", "httpx2"},
     "service/display.py": {"service.jobs", "service.errors", "service.client", "service.doctor", "rich"},
     "service/connection.py": {"service.client", "service.errors", "service.settings", "pydantic"},
+    "service/options.py": {"typer"},
     "service/steering_cli.py": {
+        "service.options",
         "service.jobs",
         "service.errors",
         "service.client",
@@ -72,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "typer",
     },
     "service/cli.py": {
+        "service.options",
         "service.connection",
         "service.steering_cli",
         "service.jobs",
@@ -89,6 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "typer",
     },
     "service/maintenance.py": {
+        "service.options",
         "service.errors",
         "service.lock",
         "service.memory",
@@ -98,6 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "service/memory.py": {"service.errors", "service.settings", "service.store"},
     "service/keys_cli.py": {
+        "service.options",
         "service.jobs",
         "service.errors",
         "service.settings",

@@ -61,7 +61,7 @@ def cancel_jobs(chosen: Chosen, asker: Asker, store: Store, request: Request) ->
 
 def _cancel(store: JobStore, job_id: str, owner: str | None, checkpoint: bool) -> Outcome:
     try:
-        if owner not in (None, store.get(job_id).owner):
+        if owner is not None and store.get(job_id).owner != owner:
             raise NotFound(f"there is no job {job_id}")
         job, changed = cancel(store, job_id, checkpoint=checkpoint)
     except ServiceError as error:

@@ -1,6 +1,6 @@
 """Glances: the few columns that tell whether anything about a job has changed, for many jobs at once."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
@@ -26,9 +26,9 @@ class Glance:
         return None if self.progress_json is None else Progress.model_validate_json(self.progress_json)
 
 
-def glance_at(connection: Connection, ids: Collection[str]) -> dict[str, Glance]:
+def glance_at(connection: Connection, ids: Iterable[str]) -> dict[str, Glance]:
     """A glance at each of the jobs that exist; one query for every 500."""
-    wanted = sorted(ids)
+    wanted = sorted(set(ids))
     found: dict[str, Glance] = {}
     for start in range(0, len(wanted), _IDS_AT_ONCE):
         some = wanted[start : start + _IDS_AT_ONCE]

@@ -1,7 +1,7 @@
 """Jobs as they stand, and the changes of state that only one writer can win."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any
@@ -16,9 +16,6 @@ from service.store.schema import jobs
 
 SILENCE = timedelta(seconds=15)
 """Three heartbeats of 5 s; runners report more often than that. A longer silence makes a job stale."""
-
-_IDS_AT_ONCE = 1000
-"""A statement takes a bounded number of values on every database."""
 
 
 def job_of_row(row: Row[Any], now: datetime, spec: JobSpec | None = None) -> Job:
@@ -80,16 +77,6 @@ def count_jobs(connection: Connection, owner: str, states: Collection[JobState])
     """How many of the owner's jobs are in any of ``states``."""
     query = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(sorted(states)))
     return connection.execute(query).scalar_one()
-
-
-def states_of(connection: Connection, ids: Iterable[str]) -> dict[str, JobState]:
-    """The state of each of these jobs; one that does not exist is absent."""
-    wanted = sorted(set(ids))
-    states: dict[str, JobState] = {}
-    for start in range(0, len(wanted), _IDS_AT_ONCE):
-        query = select(jobs.c.id, jobs.c.state).where(jobs.c.id.in_(wanted[start : start + _IDS_AT_ONCE]))
-        states |= {row.id: JobState(row.state) for row in connection.execute(query)}
-    return states
 
 
 def change_state(

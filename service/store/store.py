@@ -184,7 +184,7 @@ class JobStore:
     def states_of(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each of these jobs; one that does not exist is absent."""
         with self._database.read() as connection:
-            return jobs.states_of(connection, ids)
+            return {job_id: glance.state for job_id, glance in glances.glance_at(connection, ids).items()}
 
     def transition(
         self,
