@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AwareDatetime, Field
 
 from service.jobs.job import View
-from service.jobs.spec import SpecPart
+from service.jobs.spec_part import SpecPart
 
 PRINCIPAL_NAME = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 

@@ -2,10 +2,11 @@
 
 from enum import StrEnum
 
+from service.jobs.evaluation import Evaluation
 from service.jobs.job import View
+from service.jobs.layer_facts import LayerDrift
 from service.jobs.spec import Normalization
 from service.jobs.states import JobState
-from service.jobs.telemetry import Evaluation, LayerDrift
 
 
 class ConvergenceVerdict(StrEnum):

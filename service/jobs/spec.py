@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
@@ -16,15 +14,11 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from service.jobs.diagnostics import Diagnostics, DriftLimit, StopRule, Target
+from service.jobs.spec_part import SpecPart
 from service.jobs.states import ReasonClass
 
 BUILTIN_DATA = ("digits", "fashion-mnist")
-
-
-class SpecPart(BaseModel):
-    """A piece of a spec: unknown fields are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Normalization(StrEnum):
@@ -158,6 +152,12 @@ def _check_after(jobs: tuple[str, ...]) -> tuple[str, ...]:
     return jobs
 
 
+def _check_stop_when(rules: tuple[StopRule, ...]) -> tuple[StopRule, ...]:
+    if len(set(rules)) < len(rules):
+        raise PydanticCustomError("rule_repeated", "names a rule twice; name each once")
+    return rules
+
+
 class JobSpec(SpecPart):
     """A training job as its owner describes it.
 
@@ -190,6 +190,12 @@ class JobSpec(SpecPart):
         AfterValidator(_check_after),
     ] = ()
     """Jobs that must have succeeded before this one starts; if one ends otherwise, this one fails."""
+    diagnostics: Diagnostics = Diagnostics()
+    recompute_bn: bool = False
+    """Whether every checkpoint also holds population statistics; the run itself goes on as without."""
+    target: Target | None = None
+    stop_when: Annotated[tuple[StopRule, ...], Field(max_length=3), AfterValidator(_check_stop_when)] = ()
+    drift_limits: Annotated[tuple[DriftLimit, ...], Field(max_length=64)] = ()
 
     @property
     def global_batch_size(self) -> int:
@@ -286,4 +292,23 @@ def _check_nesterov(spec: JobSpec, wrong: set[str]) -> list[InitErrorDetails]:
     return [_problem(("optimizer", "nesterov"), True, "Nesterov needs a momentum above 0")]
 
 
-_COMBINATIONS: tuple[_Check, ...] = (_check_budget, _check_batch, _check_warmup, _check_nesterov)
+def _check_target(spec: JobSpec, wrong: set[str]) -> list[InitErrorDetails]:
+    if {"target", "stop_when"} & wrong or StopRule.TARGET not in spec.stop_when or spec.target is not None:
+        return []
+    return [_problem(("target",), None, "stop_when names the target; give one, such as an accuracy of 0.97")]
+
+
+def _check_target_value(spec: JobSpec, wrong: set[str]) -> list[InitErrorDetails]:
+    if "target" in wrong or spec.target is None or spec.target.metric != "accuracy" or spec.target.value <= 1:
+        return []
+    return [_problem(("target", "value"), spec.target.value, "an accuracy is a share of 1, such as 0.97")]
+
+
+_COMBINATIONS: tuple[_Check, ...] = (
+    _check_budget,
+    _check_batch,
+    _check_warmup,
+    _check_nesterov,
+    _check_target,
+    _check_target_value,
+)

@@ -57,6 +57,7 @@ class ReasonClass(StrEnum):
     DEADLINE = "deadline"
     QUOTA = "quota"
     CANCELLED = "cancelled"
+    RULE = "rule"
     SERVICE = "service"
 
 
@@ -83,6 +84,10 @@ class Reason(StrEnum):
     QUEUE_DEADLINE = "queue_deadline"
     TOTAL_DEADLINE = "total_deadline"
     IDLE_DEADLINE = "idle_deadline"
+    DIVERGED = "diverged"
+    PLATEAU_REACHED = "plateau_reached"
+    TARGET_REACHED = "target_reached"
+    DRIFT_LIMIT = "drift_limit"
     SERVICE_STOPPED = "service_stopped"
 
     @property
@@ -112,6 +117,10 @@ _CLASS_OF: dict[Reason, ReasonClass] = {
     Reason.QUEUE_DEADLINE: ReasonClass.DEADLINE,
     Reason.TOTAL_DEADLINE: ReasonClass.DEADLINE,
     Reason.IDLE_DEADLINE: ReasonClass.DEADLINE,
+    Reason.DIVERGED: ReasonClass.USER_ERROR,
+    Reason.PLATEAU_REACHED: ReasonClass.RULE,
+    Reason.TARGET_REACHED: ReasonClass.RULE,
+    Reason.DRIFT_LIMIT: ReasonClass.RULE,
     Reason.SERVICE_STOPPED: ReasonClass.SERVICE,
 }
 

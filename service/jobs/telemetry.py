@@ -3,19 +3,23 @@
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
-from service.jobs.numbers import say_non_finite
+from service.jobs.evaluation import Evaluation
+from service.jobs.fact import Telemetry
+from service.jobs.layer_facts import (
+    BatchNormSample,
+    Drift,
+    LimitExceeded,
+    ModeFault,
+    MomentumReplay,
+    NonFinite,
+    StatisticsCertificate,
+)
 from service.jobs.states import Phase, Reason
 
 RUNNER = -1
 """The rank number under which the runner itself, which is no rank, reports."""
-
-
-class Telemetry(BaseModel):
-    """Base of all facts. Non-finite numbers travel as the strings "NaN", "Infinity", "-Infinity"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", json_schema_extra=say_non_finite)
 
 
 class RankStarted(Telemetry):
@@ -55,56 +59,6 @@ class StepMetrics(Telemetry):
     step_s: float
 
 
-class Scores(Telemetry):
-    """Mean cross-entropy in nats and share of right answers, both over the whole validation set."""
-
-    loss: float
-    accuracy: float
-
-
-class Evaluation(Telemetry):
-    """Validation with the stored running statistics, and the same weights with population statistics.
-
-    ``loss_damage`` is stored minus population loss, a mean of per-image differences; ``loss_damage_se`` is its
-    standard error over the ``num_images`` pairs. ``accuracy_damage`` is population minus stored accuracy, in
-    shares of 1, with its paired standard error. Positive damage: the stored statistics do worse.
-    """
-
-    type: Literal["evaluation"] = "evaluation"
-    step: int
-    epoch: int
-    num_images: int
-    stored: Scores
-    population: Scores
-    loss_damage: float
-    loss_damage_se: float
-    accuracy_damage: float
-    accuracy_damage_se: float
-
-
-class LayerDrift(Telemetry):
-    """Stored running statistics of one layer against the population's; `syncbn.drift` defines each number."""
-
-    layer: str
-    num_channels: int
-    rms_mean_shift: float
-    max_mean_shift: float
-    max_mean_shift_channel: int
-    mean_abs_log_var_ratio: float
-    max_abs_log_var_ratio: float
-    output_error: float
-    rank_disagreement: float
-
-
-class Drift(Telemetry):
-    """Drift of every BatchNorm layer at one step, in execution order."""
-
-    type: Literal["drift"] = "drift"
-    step: int
-    num_population_images: int
-    layers: tuple[LayerDrift, ...]
-
-
 class CheckpointSaved(Telemetry):
     """A whole checkpoint is on disk under ``path``."""
 
@@ -113,6 +67,7 @@ class CheckpointSaved(Telemetry):
     path: str
     size_bytes: int
     duration_s: float
+    statistics: StatisticsCertificate | None = None
 
 
 class ResumeCertificate(Telemetry):
@@ -185,6 +140,11 @@ TelemetryEvent = Annotated[
     | StepMetrics
     | Evaluation
     | Drift
+    | BatchNormSample
+    | MomentumReplay
+    | ModeFault
+    | NonFinite
+    | LimitExceeded
     | CheckpointSaved
     | ResumeCertificate
     | StoppedEarly

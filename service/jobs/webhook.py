@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, AwareDatetime, Field, HttpUrl
 
 from service.jobs.job import View
-from service.jobs.spec import SpecPart
+from service.jobs.spec_part import SpecPart
 from service.jobs.states import JobState
 
 SECRET_NAME = Annotated[
@@ -32,6 +32,11 @@ class Topic(StrEnum):
     RANK_STARTED = "rank_started"
     EVALUATION = "evaluation"
     DRIFT = "drift"
+    BATCH_NORM_SAMPLE = "batch_norm_sample"
+    MOMENTUM_REPLAY = "momentum_replay"
+    MODE_FAULT = "mode_fault"
+    NON_FINITE = "non_finite"
+    LIMIT_EXCEEDED = "limit_exceeded"
     CHECKPOINT = "checkpoint"
     RESUME_CERTIFICATE = "resume_certificate"
     STOPPED = "stopped"

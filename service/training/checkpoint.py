@@ -26,7 +26,20 @@ from service.training.certificate import Proof
 
 NUM_KEPT = 2
 """How many checkpoints a folder keeps: the newest, and one to fall back on."""
-_NOT_OF_THE_NUMBERS = {"name", "cadence", "resources", "timeouts", "retries", "priority", "after"}
+_NOT_OF_THE_NUMBERS = {
+    "name",
+    "cadence",
+    "resources",
+    "timeouts",
+    "retries",
+    "priority",
+    "after",
+    "diagnostics",
+    "recompute_bn",
+    "target",
+    "stop_when",
+    "drift_limits",
+}
 _TOLD_BY_THEIR_PRODUCT = {"num_workers", "batch_size_per_worker"}
 
 
