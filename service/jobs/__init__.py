@@ -1,6 +1,21 @@
 """The vocabulary that every part of the service shares: specs, states, telemetry, views. Imports pydantic alone."""
 
 from service.jobs.audit import AuditEntry, AuditPage, AuditRecord
+from service.jobs.comparison import ComparedMetric, Comparison, ComparisonVerdict
+from service.jobs.convergence import (
+    Attribution,
+    Convergence,
+    ConvergenceVerdict,
+    Decay,
+    DecayLaw,
+    LayerChange,
+    MedianTime,
+    NonFiniteOrigin,
+    Overfitting,
+    OverfittingVerdict,
+    TargetVerdict,
+    TimeToTarget,
+)
 from service.jobs.diagnostics import Diagnostics, DriftLimit, DriftMetric, LimitAction, StopRule, Target
 from service.jobs.evaluation import Evaluation, Interval, Scores, SinceBest
 from service.jobs.fact import Telemetry
@@ -38,13 +53,7 @@ from service.jobs.principal import (
     Quota,
     Role,
 )
-from service.jobs.report import (
-    Convergence,
-    ConvergenceVerdict,
-    DriftColour,
-    DriftVerdict,
-    JobReport,
-)
+from service.jobs.report import DriftColour, DriftVerdict, JobReport
 from service.jobs.spec import (
     AdamW,
     Cadence,
@@ -112,6 +121,7 @@ __all__ = [
     "ApiKey",
     "Attempt",
     "AttemptEnded",
+    "Attribution",
     "AuditEntry",
     "AuditPage",
     "AuditRecord",
@@ -119,9 +129,14 @@ __all__ = [
     "Cadence",
     "Caller",
     "CheckpointSaved",
+    "ComparedMetric",
+    "Comparison",
+    "ComparisonVerdict",
     "Control",
     "Convergence",
     "ConvergenceVerdict",
+    "Decay",
+    "DecayLaw",
     "Diagnostics",
     "Drift",
     "DriftColour",
@@ -142,6 +157,7 @@ __all__ = [
     "KeyOrder",
     "KeyRotation",
     "LaunchRequest",
+    "LayerChange",
     "LayerDrift",
     "LayerPlan",
     "LayerSample",
@@ -149,6 +165,7 @@ __all__ = [
     "LimitExceeded",
     "LogLine",
     "LogRecord",
+    "MedianTime",
     "MessageJob",
     "MetricSeries",
     "Mlp",
@@ -157,10 +174,13 @@ __all__ = [
     "MomentumReplay",
     "NewApiKey",
     "NonFinite",
+    "NonFiniteOrigin",
     "NonFinitePlace",
     "Normalization",
     "Outcome",
     "Outlook",
+    "Overfitting",
+    "OverfittingVerdict",
     "Phase",
     "PhaseChanged",
     "PlannedJob",
@@ -189,8 +209,10 @@ __all__ = [
     "StopRule",
     "StoppedEarly",
     "Target",
+    "TargetVerdict",
     "Telemetry",
     "TelemetryEvent",
+    "TimeToTarget",
     "Timeouts",
     "Topic",
     "TrainingFinished",

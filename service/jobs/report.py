@@ -2,42 +2,12 @@
 
 from enum import StrEnum
 
+from service.jobs.convergence import Convergence
 from service.jobs.evaluation import Evaluation
 from service.jobs.job import View
 from service.jobs.layer_facts import LayerDrift
 from service.jobs.spec import Normalization
 from service.jobs.states import JobState
-
-
-class ConvergenceVerdict(StrEnum):
-    """Where the training loss is going."""
-
-    IMPROVING = "improving"
-    PLATEAU = "plateau"
-    WORSENING = "worsening"
-    DIVERGED = "diverged"
-    UNDECIDED = "undecided"
-
-
-class Convergence(View):
-    """The course of the training loss, judged on means of blocks of steps.
-
-    ``slope`` is the change of the loss over the judged window with its 95 % interval, ``margin`` the change
-    that would matter; all in nats. They are absent where the points do not suffice.
-    """
-
-    verdict: ConvergenceVerdict
-    sentence: str
-    num_steps: int
-    current_loss: float | None = None
-    slope: float | None = None
-    slope_low: float | None = None
-    slope_high: float | None = None
-    margin: float | None = None
-    block_steps: int | None = None
-    num_blocks: int | None = None
-    block_correlation: float | None = None
-    first_non_finite_step: int | None = None
 
 
 class DriftColour(StrEnum):
