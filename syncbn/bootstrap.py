@@ -78,4 +78,5 @@ def _acceleration(centred: Tensor) -> Tensor:
 def _shifted(tail: Tensor, acceleration: Tensor) -> Tensor:
     """The percentiles to read in place of ``tail`` (Efron 1987, equation 4.5, the bias ``z0`` being ``a``)."""
     shifted = acceleration + torch.special.ndtri(tail)
-    return torch.special.ndtr(acceleration + shifted / (1 - acceleration * shifted))
+    percentiles: Tensor = torch.special.ndtr(acceleration + shifted / (1 - acceleration * shifted))
+    return percentiles

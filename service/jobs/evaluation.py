@@ -20,9 +20,10 @@ class Interval(Telemetry):
 
 
 class SinceBest(Telemetry):
-    """How the validation loss stands to the best evaluation of this attempt, both with population statistics.
+    """How the validation loss stands to the best evaluation before it in this attempt, with population statistics.
 
-    ``rise`` is the mean over images of the loss now minus the loss then, in nats, with its bootstrap ``interval``.
+    ``rise`` is the mean over images of the loss now minus the loss then, in nats, with its bootstrap ``interval``;
+    below 0 this evaluation is the new best.
     """
 
     best_step: int
@@ -36,7 +37,8 @@ class Evaluation(Telemetry):
 
     ``loss_damage`` is stored minus population loss, a mean of per-image differences; ``loss_damage_se`` is its
     standard error over the ``num_images`` pairs. ``accuracy_damage`` is population minus stored accuracy, in
-    shares of 1, with its paired standard error. Positive damage: the stored statistics do worse.
+    shares of 1, with its paired standard error. Positive damage: the stored statistics do worse. The intervals are
+    `syncbn.bootstrap`'s.
     """
 
     type: Literal["evaluation"] = "evaluation"

@@ -3,17 +3,17 @@
 The two judgements are paired image by image, so that their difference carries an error far below that of either.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.jobs import Drift, Evaluation, LayerDrift, Scores
+from service.jobs import Drift, Evaluation, LayerDrift
+from service.training.comparison import BestEvaluation, compare
 from service.training.context import RankContext
 from service.training.dataset import Dataset
 from service.training.sampler import permutation
@@ -26,37 +26,54 @@ _VALIDATION_BATCH_SIZE = 1000
 
 
 @dataclass(frozen=True)
+class ImageShare:
+    """One rank's share of ``num_images`` images, in batches of images and labels; no rank has over ``most_images``."""
+
+    batches: tuple[tuple[Tensor, Tensor], ...]
+    num_images: int
+    most_images: int
+
+
+@dataclass(frozen=True)
 class Examiner:
     """Looks at a model from time to time; all ranks look together.
 
     Each rank holds its share of the validation images and of the training images that stand for the population:
     the same ones every time, in the same batches however many ranks there are. ``autocast`` makes the context that
-    every forward pass runs in.
+    every forward pass runs in. ``best`` is what rank 0 remembers of its evaluations.
     """
 
     context: RankContext
     autocast: Callable[[], AbstractContextManager[object]]
-    validation_images: Tensor
-    validation_labels: Tensor
-    population_batches: tuple[Tensor, ...]
-    num_population_images: int
+    validation_images: ImageShare
+    population_images: ImageShare
+    best: BestEvaluation = field(default_factory=BestEvaluation)
 
     def population(self, model: nn.Module) -> dict[str, BatchMoments]:
         """Population statistics of every BatchNorm layer. One exchange; live buffers stay as they are."""
         with self.autocast():
-            return population_statistics(model, self.population_batches)
+            return population_statistics(model, self.population_images.batches)
 
-    def evaluate(self, model: nn.Module, population: dict[str, BatchMoments], step: int, epoch: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, population: dict[str, BatchMoments], step: int, epoch: int
+    ) -> Evaluation | None:
         """Scores with rank 0's stored statistics, which a checkpoint ships, and with ``population``'s.
 
-        Two passes over this rank's validation images, two exchanges; the model is left as it was.
+        Two passes over this rank's validation images and one over its population images, in evaluation mode, and two
+        exchanges; the model is left as it was. Rank 0 is brought the scores of every single image, and makes the
+        evaluation of them; the others get None.
         """
         with evaluation_mode(model):
             with _buffers_of_rank_zero(model, self.context):
-                stored = self._judge(model)
+                stored = self._judge(model, self.validation_images)
             with using_statistics(model, population):
-                precise = self._judge(model)
-        return _compare(self._sum_over_ranks(_paired_sums(stored, precise)), step, epoch)
+                precise = self._judge(model, self.validation_images)
+                train = self._judge(model, self.population_images)
+        scores = self._brought_to_rank_zero(torch.cat([stored, precise]), self.validation_images)
+        trains = self._brought_to_rank_zero(train, self.population_images)
+        if scores is None or trains is None:
+            return None
+        return compare(scores[:2], scores[2:], trains, self.best, step, epoch)
 
     def drift(self, model: nn.Module, population: dict[str, BatchMoments], step: int) -> Drift:
         """Stored statistics against ``population``, and the ranks' against each other. One exchange."""
@@ -65,46 +82,69 @@ class Examiner:
             LayerDrift(**asdict(drift), rank_disagreement=disagreement[drift.layer])
             for drift in measure_drift(model, population)
         )
-        return Drift(step=step, num_population_images=self.num_population_images, layers=layers)
+        return Drift(step=step, num_population_images=self.population_images.num_images, layers=layers)
 
-    def _judge(self, model: nn.Module) -> Tensor:
+    def _judge(self, model: nn.Module, share: ImageShare) -> Tensor:
         """Loss and rightness of each of this rank's images: float64 ``(2, N)``."""
-        images, labels = self.validation_images, self.validation_labels
-        scores = [torch.empty(2, 0, dtype=torch.float64, device=images.device)]
-        for start in range(0, len(images), _VALIDATION_BATCH_SIZE):
-            truth = labels[start : start + _VALIDATION_BATCH_SIZE]
+        scores = [torch.empty(2, 0, dtype=torch.float64, device=self.context.device)]
+        for images, labels in share.batches:
             with torch.no_grad(), self.autocast():
-                logits = model(images[start : start + _VALIDATION_BATCH_SIZE]).double()
-            right = logits.argmax(dim=1) == truth
-            scores.append(torch.stack([F.cross_entropy(logits, truth, reduction="none"), right.double()]))
+                logits = model(images).double()
+            right = logits.argmax(dim=1) == labels
+            scores.append(torch.stack([F.cross_entropy(logits, labels, reduction="none"), right.double()]))
         return torch.cat(scores, dim=1)
 
-    def _sum_over_ranks(self, sums: Tensor) -> list[float]:
-        # A rank without validation images joins with zeros; if it did not, the others would wait for it.
-        if self.context.world_size > 1:
-            dist.all_reduce(sums)
-        totals: list[float] = sums.tolist()
-        return totals
+    def _brought_to_rank_zero(self, columns: Tensor, share: ImageShare) -> Tensor | None:
+        """All ranks' ``columns``, one for each image of their ``share``, side by side in the order of ranks: on rank 0.
+
+        One gather, float64 ``(K, num_images)`` on the CPU. A rank without images joins with padding alone; if it did
+        not, the others would wait for it.
+        """
+        if self.context.world_size == 1:
+            return columns.cpu()
+        padded = columns.new_zeros(len(columns) + 1, share.most_images)
+        padded[:-1, : columns.shape[1]] = columns
+        padded[-1, : columns.shape[1]] = 1.0  # marks what is no padding
+        gathered = [torch.empty_like(padded) for _ in range(self.context.world_size)] if self.context.leads else None
+        dist.gather(padded, gathered, dst=0)
+        if gathered is None:
+            return None
+        joined = torch.cat(gathered, dim=1).cpu()
+        return joined[:-1, joined[-1] == 1.0]
 
 
 def make_examiner(
     dataset: Dataset, context: RankContext, autocast: Callable[[], AbstractContextManager[object]]
 ) -> Examiner:
     """The examiner of one rank: validation images in equal slices, population batches dealt out in turn."""
-    num_images, num_train = len(dataset.validation_images), len(dataset.train_images)
-    start = num_images * context.rank // context.world_size
-    end = num_images * (context.rank + 1) // context.world_size
-    # An epoch that no training has, so that the choice hangs on nothing: files may be sorted by class.
-    chosen = permutation(num_train, seed=0, epoch=0)[:NUM_POPULATION_IMAGES]
-    num_batches = max(1, round(len(chosen) / _POPULATION_BATCH_SIZE))
-    batches = chosen.tensor_split(num_batches)[context.rank :: context.world_size]
     return Examiner(
         context=context,
         autocast=autocast,
-        validation_images=dataset.validation_images[start:end],
-        validation_labels=dataset.validation_labels[start:end],
-        population_batches=tuple(dataset.train_images[batch.to(dataset.train_images.device)] for batch in batches),
-        num_population_images=len(chosen),
+        validation_images=_slice_of_validation(dataset, context),
+        population_images=_share_of_population(dataset, context),
+    )
+
+
+def _slice_of_validation(dataset: Dataset, context: RankContext) -> ImageShare:
+    num_images = len(dataset.validation_images)
+    start = num_images * context.rank // context.world_size
+    end = num_images * (context.rank + 1) // context.world_size
+    images, labels = dataset.validation_images[start:end], dataset.validation_labels[start:end]
+    # Split by hand: torch would make one empty batch of no images.
+    parts = [slice(first, first + _VALIDATION_BATCH_SIZE) for first in range(0, len(images), _VALIDATION_BATCH_SIZE)]
+    most = -(-num_images // context.world_size)
+    return ImageShare(tuple((images[part], labels[part]) for part in parts), num_images, most)
+
+
+def _share_of_population(dataset: Dataset, context: RankContext) -> ImageShare:
+    # An epoch that no training has, so that the choice hangs on nothing: files may be sorted by class.
+    chosen = permutation(len(dataset.train_images), seed=0, epoch=0)[:NUM_POPULATION_IMAGES]
+    num_batches = max(1, round(len(chosen) / _POPULATION_BATCH_SIZE))
+    batches = chosen.to(dataset.train_images.device).tensor_split(num_batches)
+    own = batches[context.rank :: context.world_size]
+    most = sum(len(batch) for batch in batches[:: context.world_size])  # earlier batches are not smaller
+    return ImageShare(
+        tuple((dataset.train_images[batch], dataset.train_labels[batch]) for batch in own), len(chosen), most
     )
 
 
@@ -117,48 +157,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _paired_sums(stored: Tensor, precise: Tensor) -> Tensor:
-    """Per-image values of this rank summed: count, the four scores, both damages and their squares, ``(9,)``."""
-    loss_damage = stored[0] - precise[0]
-    accuracy_damage = precise[1] - stored[1]
-    values = torch.stack(
-        [
-            torch.ones_like(loss_damage),
-            *stored,
-            *precise,
-            loss_damage,
-            loss_damage.square(),
-            accuracy_damage,
-            accuracy_damage.square(),
-        ]
-    )
-    return values.sum(dim=1)
-
-
-def _compare(sums: list[float], step: int, epoch: int) -> Evaluation:
-    count = sums[0]
-    stored_loss, stored_accuracy, loss, accuracy = (total / count for total in sums[1:5])
-    return Evaluation(
-        step=step,
-        epoch=epoch,
-        num_images=int(count),
-        stored=Scores(loss=stored_loss, accuracy=stored_accuracy),
-        population=Scores(loss=loss, accuracy=accuracy),
-        loss_damage=sums[5] / count,
-        loss_damage_se=_standard_error(count, sums[5], sums[6]),
-        accuracy_damage=sums[7] / count,
-        accuracy_damage_se=_standard_error(count, sums[7], sums[8]),
-    )
-
-
-def _standard_error(count: float, total: float, total_of_squares: float) -> float:
-    """Of a mean: the unbiased standard deviation over the root of the count; NaN for a single value."""
-    if count < 2:
-        return math.nan
-    variance = (total_of_squares - total * total / count) / (count - 1)
-    return 0.0 if variance < 0 else math.sqrt(variance / count)  # below 0 by rounding; NaN stays NaN
 
 
 @contextmanager

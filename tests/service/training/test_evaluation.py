@@ -39,17 +39,33 @@ def _model(rank: int = 0) -> nn.Module:
 
 
 def _examine(dataset: Dataset, model: nn.Module, context: RankContext) -> tuple[Evaluation, Drift]:
+    """As rank 0, or alone."""
+    first, _, drift = _examine_twice(dataset, model, context)
+    assert first is not None
+    return first, drift
+
+
+def _examine_twice(
+    dataset: Dataset, model: nn.Module, context: RankContext
+) -> tuple[Evaluation | None, Evaluation | None, Drift]:
+    """As it is, and with one weight changed."""
     examiner = make_examiner(dataset, context, nullcontext)
     population = examiner.population(model)
-    return examiner.evaluate(model, population, step=5, epoch=2), examiner.drift(model, population, step=5)
+    first, drift = examiner.evaluate(model, population, step=5, epoch=2), examiner.drift(model, population, step=5)
+    with torch.no_grad():
+        next(reversed(list(model.parameters())))[0] += 0.5
+    second = examiner.evaluate(model, examiner.population(model), step=6, epoch=2)
+    return first, second, drift
 
 
-def _examine_as_rank(dataset: Dataset) -> tuple[Evaluation, Drift, list[Tensor], list[Tensor]]:
+def _examine_as_rank(
+    dataset: Dataset,
+) -> tuple[Evaluation | None, Evaluation | None, Drift, list[Tensor], list[Tensor]]:
     context = _context(dist.get_rank(), dist.get_world_size())
     model = _model(context.rank)
-    before = [value.clone() for value in model.state_dict().values()]
-    evaluation, drift = _examine(dataset, model, context)
-    return evaluation, drift, before, list(model.state_dict().values())
+    before = [value.clone() for name, value in model.named_buffers()]
+    first, second, drift = _examine_twice(dataset, model, context)
+    return first, second, drift, before, [value for name, value in model.named_buffers()]
 
 
 def _expected(dataset: Dataset) -> dict[str, float]:
@@ -62,14 +78,16 @@ def _expected(dataset: Dataset) -> dict[str, float]:
     }
     labels = dataset.validation_labels.numpy()
 
-    def judge(mean: Any, var: Any) -> tuple[Any, Any]:
-        x = np.maximum((hidden["validation"] - mean) / np.sqrt(var + 1e-5), 0)
+    def judge(mean: Any, var: Any, part: str = "validation") -> tuple[Any, Any]:
+        truth = labels if part == "validation" else dataset.train_labels.numpy()
+        x = np.maximum((hidden[part] - mean) / np.sqrt(var + 1e-5), 0)
         logits = x @ state["4.weight"].T + state["4.bias"]
-        loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
-        return loss, (logits.argmax(1) == labels).astype(float)
+        loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(truth)), truth]
+        return loss, (logits.argmax(1) == truth).astype(float)
 
     loss_s, right_s = judge(state["2.running_mean"], state["2.running_var"])
     loss_p, right_p = judge(hidden["train"].mean(0), hidden["train"].var(0, ddof=1))
+    loss_t, right_t = judge(hidden["train"].mean(0), hidden["train"].var(0, ddof=1), "train")
     root = np.sqrt(len(labels))
     shift = (state["2.running_mean"] - hidden["train"].mean(0)) / np.sqrt(hidden["train"].var(0) + 1e-5)
     return {
@@ -81,13 +99,18 @@ def _expected(dataset: Dataset) -> dict[str, float]:
         "loss_damage_se": (loss_s - loss_p).std(ddof=1) / root,
         "accuracy_damage": (right_p - right_s).mean(),
         "accuracy_damage_se": (right_p - right_s).std(ddof=1) / root,
+        "train.loss": loss_t.mean(),
+        "train.accuracy": right_t.mean(),
         "rms_mean_shift": np.sqrt((shift**2).mean()),
     }
 
 
 def _found(evaluation: Evaluation, drift: Drift) -> dict[str, float]:
     damages = ("loss_damage", "loss_damage_se", "accuracy_damage", "accuracy_damage_se")
+    assert evaluation.train is not None
     return {
+        "train.loss": evaluation.train.loss,
+        "train.accuracy": evaluation.train.accuracy,
         "stored.loss": evaluation.stored.loss,
         "stored.accuracy": evaluation.stored.accuracy,
         "population.loss": evaluation.population.loss,
@@ -111,37 +134,75 @@ def test_one_rank_finds_what_numpy_finds() -> None:
 
 def test_ranks_together_find_what_one_rank_finds_with_the_statistics_of_rank_zero() -> None:
     dataset = _dataset()
-    alone = _examine(dataset, _model(), _context())
-    together = run_ranks(3, _examine_as_rank, dataset)
-    for evaluation, drift, before, after in together:
-        assert _found(evaluation, together[0][1]) == pytest.approx(_found(*alone), rel=1e-12)
-        assert evaluation.num_images == 37
-        assert drift.num_population_images == 1000
+    alone, alone_after, alone_drift = _examine_twice(dataset, _model(), _context())
+    assert alone is not None
+    assert alone_after is not None
+    (first, second, drift, _, _), *others = together = run_ranks(3, _examine_as_rank, dataset)
+    assert [other[:2] for other in others] == [(None, None)] * 2
+    assert first is not None
+    assert second is not None
+    assert _found(first, drift) == pytest.approx(_found(alone, alone_drift), rel=1e-12)
+    # The same images in the same order, drawn by the same generator: intervals differ by the rounding of the losses.
+    for one, other in ((first, alone), (second, alone_after)):
+        assert _ends(one) == pytest.approx(_ends(other), rel=1e-9, abs=1e-15)
+    assert first.since_best is None
+    assert second.since_best is not None
+    assert (first.num_images, drift.num_population_images) == (37, 1000)
+    for _, _, _, before, after in together:
         assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def _ends(evaluation: Evaluation) -> list[float]:
+    since = evaluation.since_best
+    intervals = [
+        evaluation.loss_damage_interval,
+        evaluation.accuracy_damage_interval,
+        *([since.interval] if since else []),
+    ]
+    return [end for interval in intervals if interval for end in (interval.low, interval.high)]
+
+
+def test_damages_lie_in_intervals_that_reach_about_two_standard_errors_from_them() -> None:
+    evaluation, _ = _examine(_dataset(num_validation=400), _model(), _context())
+    loss, accuracy = evaluation.loss_damage_interval, evaluation.accuracy_damage_interval
+    assert loss is not None
+    assert accuracy is not None
+    assert loss.low < evaluation.loss_damage < loss.high
+    assert accuracy.low <= evaluation.accuracy_damage <= accuracy.high
+    # 2 * 1.96 standard errors for normal values; these are near it, and the draws add 3 %.
+    assert loss.high - loss.low == pytest.approx(3.92 * evaluation.loss_damage_se, rel=0.1)
+    assert accuracy.high - accuracy.low == pytest.approx(3.92 * evaluation.accuracy_damage_se, rel=0.15)
 
 
 def test_ranks_with_other_running_statistics_disagree() -> None:
     dataset = _dataset()
-    drift = run_ranks(3, _examine_as_rank, dataset)[0][1]
+    drift = run_ranks(3, _examine_as_rank, dataset)[0][2]
     # Rank 2 is 0.2 off where the stored variance is 1.
     assert drift.layers[0].rank_disagreement == pytest.approx(0.2 / np.sqrt(1 + 1e-5), rel=1e-9)
 
 
 def test_a_rank_without_images_still_joins_the_exchange() -> None:
     dataset = _dataset(num_train=4, num_validation=2)
-    alone = _examine(dataset, _model(), _context())
-    for evaluation, _, _, _ in run_ranks(3, _examine_as_rank, dataset):
-        assert evaluation.num_images == 2
-        assert evaluation.stored.loss == pytest.approx(alone[0].stored.loss, rel=1e-12)
+    alone, _ = _examine(dataset, _model(), _context())
+    evaluation = run_ranks(3, _examine_as_rank, dataset)[0][0]
+    assert evaluation is not None
+    assert evaluation.num_images == 2
+    assert evaluation.stored.loss == pytest.approx(alone.stored.loss, rel=1e-12)
+    assert evaluation.train is not None
+    assert alone.train is not None
+    assert evaluation.train.loss == pytest.approx(alone.train.loss, rel=1e-12)
 
 
-def test_the_population_is_the_same_however_many_ranks_there_are() -> None:
-    dataset = _dataset(num_train=2000)
-    alone = torch.cat(make_examiner(dataset, _context(), nullcontext).population_batches)
-    shares = [make_examiner(dataset, _context(rank, 3), nullcontext).population_batches for rank in range(3)]
-    together = torch.cat([batch for share in shares for batch in share])
-    assert len(alone) == len(together) == 1000
-    assert sorted(alone.flatten(1).tolist()) == sorted(together.flatten(1).tolist())
+@pytest.mark.parametrize(("num_train", "expected"), [(2000, 1000), (372, 372), (1, 1)])
+def test_the_population_is_the_same_however_many_ranks_there_are(num_train: int, expected: int) -> None:
+    dataset = _dataset(num_train)
+    alone = make_examiner(dataset, _context(), nullcontext).population_images
+    shares = [make_examiner(dataset, _context(rank, 3), nullcontext).population_images for rank in range(3)]
+    together = [images for share in shares for images, _ in share.batches]
+    assert {share.num_images for share in (alone, *shares)} == {expected} == {len(torch.cat(together))}
+    assert all(sum(len(images) for images, _ in share.batches) <= share.most_images for share in shares)
+    joined = torch.cat([images for images, _ in alone.batches])
+    assert sorted(joined.flatten(1).tolist()) == sorted(torch.cat(together).flatten(1).tolist())
 
 
 def test_a_model_without_batchnorm_has_no_drift_and_no_damage() -> None:
