@@ -11,7 +11,7 @@ import structlog
 from pydantic import HttpUrl
 
 from service.errors import ClusterUnreachable, Conflict, FieldProblem, StoreUnavailable
-from service.jobs import RUNNER, Attempt, Job, JobSpec, JobState, LaunchRequest, Reason, attempt_id
+from service.jobs import Attempt, Job, JobSpec, JobState, LaunchRequest, Reason, attempt_id
 from service.scheduler.admission import Admission, QuotaOf, Waiting, admit, unlimited
 from service.scheduler.decide import Decision, Evidence, decide, passed_deadline, within_budget
 from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
@@ -271,10 +271,9 @@ class Scheduler:
     def _carry_out(self, job: Job, decision: Decision) -> None:
         if decision.stop:
             self._launcher.stop(attempt_id(job.id, job.attempt))
-        if decision.keep_output:
-            self._keep_output(job)
+        output = self._launcher.output(attempt_id(job.id, job.attempt)) if decision.keep_output else ""
         if decision.to is not None:
-            self._transition(job, decision)
+            self._transition(job, decision, output)
         if decision.start:
             self._start(job)
 
@@ -303,7 +302,7 @@ class Scheduler:
             detail = f"{error}; asked again in {waits_s:g} s"
             self._transition(job, Decision(JobState.RECOVERING, Reason.CLUSTER_UNREACHABLE, detail))
 
-    def _transition(self, job: Job, decision: Decision) -> None:
+    def _transition(self, job: Job, decision: Decision, output: str = "") -> None:
         assert decision.to is not None
         try:
             self._store.transition(
@@ -312,6 +311,7 @@ class Scheduler:
                 phase=decision.phase,
                 reason=decision.reason,
                 detail=decision.detail,
+                output=output,
                 lease=self._leadership.lease,
             )
         except LeaseLost:
@@ -319,7 +319,3 @@ class Scheduler:
         except Conflict:
             return  # someone else moved the job first; the next tick judges it anew
         _log.info("job is now", job=job.id, state=decision.to, reason=decision.reason, detail=decision.detail)
-
-    def _keep_output(self, job: Job) -> None:
-        for line in self._launcher.output(attempt_id(job.id, job.attempt)).splitlines():
-            self._store.append_log(job.id, job.attempt, RUNNER, "info", line)

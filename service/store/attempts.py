@@ -9,9 +9,10 @@ from datetime import datetime
 from sqlalchemy import Connection, case, func, insert, select, tuple_
 
 from service.errors import NotFound, Unauthorized
-from service.jobs import Attempt, AttemptEnded, Job, JobState, Phase, job_of_attempt
+from service.jobs import RUNNER, Attempt, AttemptEnded, Job, JobState, Phase, job_of_attempt
 from service.store.jobs import change_state
 from service.store.leases import Lease
+from service.store.logs import NewLine, append_lines
 from service.store.schema import attempts, ranks
 
 _PAIRS_AT_ONCE = 500
@@ -97,6 +98,12 @@ def told_step(connection: Connection, job_id: str) -> int | None:
     begun = (ranks.c.job_id == job_id, ranks.c.rank >= 0, ranks.c.started)
     query = select(func.min(ranks.c.last_step)).where(*begun).group_by(ranks.c.attempt)
     return connection.execute(query.order_by(ranks.c.attempt.desc()).limit(1)).scalar()
+
+
+def keep_output(connection: Connection, job: Job, output: str, now: datetime) -> None:
+    """Add the last lines that the job's attempt wrote, and never sent, to the job's log."""
+    lines = [NewLine(now, job.attempt, RUNNER, "info", line) for line in output.splitlines()]
+    append_lines(connection, job.id, lines)
 
 
 def _reached(connection: Connection, pairs: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ STATE_CHANGED = "state_changed"
 PHASE_CHANGED = "phase_changed"
 CHECKPOINT_REQUESTED = "checkpoint_requested"
 RESIZED = "resized"
+CANCEL_FORCED = "cancel_forced"
 PRIORITY_CHANGED = "priority_changed"
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a job on its way: a checkpoint, another number of workers, another place in the queue."""
+"""What is asked of a job on its way: a checkpoint, other workers, another place in the queue, an end without delay."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,14 @@ from sqlalchemy import Connection, bindparam, select, update
 
 from service.errors import Conflict, FieldProblem, InvalidRequest
 from service.jobs import Job, JobSpec, JobState
-from service.store.events import CHECKPOINT_REQUESTED, PRIORITY_CHANGED, RESIZED, NewEvent, append_events
+from service.store.events import (
+    CANCEL_FORCED,
+    CHECKPOINT_REQUESTED,
+    PRIORITY_CHANGED,
+    RESIZED,
+    NewEvent,
+    append_events,
+)
 from service.store.jobs import change_state, compare_and_set, get_job
 from service.store.leases import Lease, require_lease
 from service.store.schema import jobs
@@ -31,6 +38,18 @@ def request_checkpoint(connection: Connection, job_id: str, now: datetime) -> Jo
     body = json.dumps({"checkpoint_requests": number})
     append_events(connection, job_id, [NewEvent(now, CHECKPOINT_REQUESTED, body, job.attempt)])
     return get_job(connection, job_id, now)
+
+
+def force_cancel(connection: Connection, job: Job, now: datetime) -> Job:
+    """Let a job that is being cancelled, and would save first, leave without; its next report is told to abort.
+
+    Of writers that saw the same job one wins. Raises: Conflict, also unless it is just saving to be cancelled.
+    """
+    if job.state is not JobState.CANCELLING or not job.stop_saves:
+        raise Conflict(f"{job.id} is {job.state}; only a cancellation that saves first can be forced")
+    compare_and_set(connection, job, {"stop_saves": False, "updated_at": now}, now)
+    append_events(connection, job.id, [NewEvent(now, CANCEL_FORCED, "{}", job.attempt)])
+    return get_job(connection, job.id, now)
 
 
 def resume_job(connection: Connection, job: Job, num_workers: int | None, now: datetime) -> Job:

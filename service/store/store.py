@@ -195,28 +195,35 @@ class JobStore:
         reason: Reason | None = None,
         detail: str = "",
         stop_saves: bool = False,
+        output: str = "",
         lease: Lease | None = None,
     ) -> Job:
-        """Move the job on, with its event. ``version`` counts these moves, and changes of priority.
+        """Move the job on, with its event. ``version`` counts these moves, changes of priority, and forced cancels.
 
-        ``stop_saves`` tells of a move to cancelling that the job shall save a checkpoint first.
+        ``stop_saves`` tells of a move to cancelling that the job shall save a checkpoint first. ``output`` is what
+        the attempt that is left behind wrote last; its lines go into the job's log with the move, or not at all.
 
         Raises: Conflict where the step is not in `TRANSITIONS`, or the job is no longer what the caller saw;
             LeaseLost where ``lease`` is no longer its holder's.
         """
-        return self._database.transact(
-            lambda connection: jobs.change_state(
+
+        def move(connection: Connection) -> Job:
+            now = self._clock()
+            moved = jobs.change_state(
                 connection,
                 job,
                 to,
                 phase=phase,
                 reason=reason,
                 detail=detail,
-                now=self._clock(),
+                now=now,
                 stop_saves=stop_saves,
                 lease=lease,
             )
-        )
+            attempts.keep_output(connection, job, output, now)
+            return moved
+
+        return self._database.transact(move)
 
     def describe(
         self,
@@ -261,6 +268,10 @@ class JobStore:
         return self._database.transact(
             lambda connection: steering.request_checkpoint(connection, job_id, self._clock())
         )
+
+    def force_cancel(self, job: Job) -> Job:
+        """Let a job that saves before it is cancelled leave without, with an event. Raises: Conflict."""
+        return self._database.transact(lambda connection: steering.force_cancel(connection, job, self._clock()))
 
     def resume(self, job: Job, num_workers: int | None = None) -> Job:
         """Queue a paused job again; another number of workers shares the same number of images a step.

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service.store import JobStore
-from tests.faults.crashing import DATABASE, JOURNAL
+from tests.faults.crashing import JOURNAL
+from tests.faults.databases import Databases
 from tests.faults.history import all_events, path_of, problems_of
 from tests.faults.journal_cluster import JournalCluster
 from tests.faults.story import ENDS, NUM_STEPS, Story, loss_of
@@ -15,9 +16,9 @@ from tests.faults.story import ENDS, NUM_STEPS, Story, loss_of
 _DEADLINE_S = 300
 
 
-def crashes(folder: Path, every: int) -> Iterator[tuple[Path, str]]:
-    """The folder of each killed process, and what it was about to do."""
-    command = [sys.executable, "-m", "tests.faults.crashing", str(folder), str(every)]
+def crashes(folder: Path, every: int, *url: str) -> Iterator[tuple[Path, str]]:
+    """The folder of each killed process, and what it was about to do; on the PostgreSQL server at ``url``, if given."""
+    command = [sys.executable, "-m", "tests.faults.crashing", str(folder), str(every), *url]
     with (
         (folder / "said").open("w") as said,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as teller,
@@ -32,9 +33,9 @@ def crashes(folder: Path, every: int) -> Iterator[tuple[Path, str]]:
             teller.kill()
 
 
-def what_went_wrong(folder: Path) -> list[str]:
+def what_went_wrong(folder: Path, databases: Databases) -> list[str]:
     """Each promise that is broken in what a killed process left, or by the one that goes on from there."""
-    store, cluster = JobStore.open(folder / DATABASE), JournalCluster(folder / JOURNAL)
+    store, cluster = databases.open(folder), JournalCluster(folder / JOURNAL)
     try:
         story = Story(store, cluster, folder)
         problems = [*_broken_histories(store), *_forgotten_answers(store, story)]
@@ -81,6 +82,9 @@ def _wrong_ends(store: JobStore) -> list[str]:
         if (list(series.steps), list(series.values)) != (steps, [loss_of(rank, number) for number in steps]):
             problems.append(f"rank {rank} of {name} has the points {series.steps} {series.values}")
     for name in ("steered", "unlucky"):
-        told = Counter((line.attempt, line.rank) for line in store.logs(jobs[name].id) if line.text.startswith("rank"))
-        problems += [f"{name} has the line of {which} {count} times" for which, count in told.items() if count != 1]
+        told = Counter((line.attempt, line.rank, line.text) for line in store.logs(jobs[name].id))
+        problems += [f"{name} has the line {which} {count} times" for which, count in told.items() if count != 1]
+    lost = jobs["unlucky"].id
+    if not any(line.text == f"last lines of {lost}-1" for line in store.logs(lost)):
+        problems.append("what the lost runner wrote last was not kept")
     return problems
