@@ -47,7 +47,10 @@ def cancel_job(
         bool, Query(description="Let it save a checkpoint first, within its `stop_grace_s`.")
     ] = False,
 ) -> Job:
-    """End the job. One that waits or is paused is cancelled at once, one that runs when its workers have gone."""
+    """End the job. One that waits or is paused is cancelled at once, one that runs when its workers have gone.
+
+    A job that is saving to be cancelled leaves without, at once, when it is cancelled again without `checkpoint`.
+    """
     return _answer(response, *cancel(store, job_id, checkpoint=checkpoint))
 
 
@@ -55,10 +58,12 @@ def cancel(store: JobStore, job_id: str, *, checkpoint: bool) -> tuple[Job, bool
     """Set the job on its way to be cancelled; whether it was not so before. Raises: NotFound, Conflict."""
 
     def act(job: Job, to: JobState) -> Job:
+        if job.state is to:
+            return store.force_cancel(job)
         saves = checkpoint and to is JobState.CANCELLING
         return store.transition(job, to, reason=Reason.CANCELLED_BY_USER, stop_saves=saves)
 
-    return steer(store, job_id, Verb.CANCEL, act)
+    return steer(store, job_id, Verb.CANCEL, act, again=lambda job: job.stop_saves and not checkpoint)
 
 
 @router.post("/{job_id}:pause", summary="Pause a job", responses=_accepted("Its workers are saving and leaving"))

@@ -87,17 +87,27 @@ def target(verb: Verb, job: Job) -> JobState | None:
     raise Conflict(f"{job.id} is {already}{job.state} and cannot {verb}: {WAYS_OUT[verb][job.state]}")
 
 
-def steer(store: JobStore, job_id: str, verb: Verb, act: Callable[[Job, JobState], Job]) -> tuple[Job, bool]:
+def steer(
+    store: JobStore,
+    job_id: str,
+    verb: Verb,
+    act: Callable[[Job, JobState], Job],
+    again: Callable[[Job], bool] = lambda job: False,
+) -> tuple[Job, bool]:
     """Do what ``verb`` means now: the job, and whether ``act`` changed it.
 
     ``act`` takes the job as it was judged and the state to bring about, and raises Conflict if the job has changed;
-    another writer in between is no reason to fail. Raises: Conflict where the verb means nothing.
+    another writer in between is no reason to fail. Where the job is already as it shall be, ``again`` says whether
+    there is something left to do all the same, and the state to bring about is the job's own.
+    Raises: Conflict where the verb means nothing.
     """
     for _ in range(TRIES):
         job = store.get(job_id)
         to = target(verb, job)
         if to is None:
-            return job, False
+            if not again(job):
+                return job, False
+            to = job.state
         try:
             return act(job, to), True
         except Conflict:

@@ -28,6 +28,7 @@ class Topic(StrEnum):
     PHASE_CHANGED = "phase_changed"
     CHECKPOINT_REQUESTED = "checkpoint_requested"
     RESIZED = "resized"
+    CANCEL_FORCED = "cancel_forced"
     PRIORITY_CHANGED = "priority_changed"
     RANK_STARTED = "rank_started"
     EVALUATION = "evaluation"

@@ -1,10 +1,13 @@
 """Jobs that are stopped on the way, by their owner or with the service, and lose nothing by it."""
 
+import os
+import signal
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from service.client import Client
 from service.jobs import Job, JobSpec, JobState, Reason, StepMetrics
 from service.training.loop import RankContext, train
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
-from tests.e2e.test_job import LONG, wait_for_step
+from tests.e2e.test_job import LONG, rank_pids, wait_for_step
 
 SELDOM = {"evaluate_every_steps": LONG, "drift_every_steps": LONG, "checkpoint_every_steps": LONG}
 
@@ -94,3 +97,20 @@ def test_a_paused_job_goes_on_with_fewer_workers_and_the_same_losses(
     # Roundings grow over hundreds of steps; a step of other images would be off by far more.
     assert series.values[saved : saved + 10] == pytest.approx(expected[saved:], rel=1e-6)
     wait_until_ended(client, job.id)
+
+
+def test_a_cancel_that_cannot_save_is_forced_long_before_its_grace_ends(
+    service: RunningService, client: Client
+) -> None:
+    patient = {"stop_grace_s": 3600, "heartbeat_s": 3600, "collective_s": 3600}
+    job = client.submit(small_spec("forced", max_steps=LONG, cadence=SELDOM, timeouts=patient))
+    pids = rank_pids(client, job.id)
+    wait_for_step(client, job.id, 10)
+    os.kill(pids[1], signal.SIGSTOP)
+    assert client.cancel(job.id, checkpoint=True).stop_saves
+    assert client.cancel(job.id, checkpoint=True).state is JobState.CANCELLING
+    forced = client.cancel(job.id)
+    assert (forced.state, forced.stop_saves) == (JobState.CANCELLING, False)
+    done = wait_until_ended(client, job.id)
+    assert (done.state, done.reason, done.detail) == (JobState.CANCELLED, Reason.CANCELLED_BY_USER, "")
+    wait_for("the ranks to be gone", lambda: not any(psutil.pid_exists(pid) for pid in pids))

@@ -27,7 +27,7 @@ def problems_of(store: JobStore, job_id: str) -> list[str]:
     moves = [event for event in events if event.type == "state_changed"]
     path = path_of(events)
     starts = [event.attempt for event in moves if event.body["to"] == JobState.STARTING]
-    num_changes = len(moves) + sum(event.type == "priority_changed" for event in events)
+    num_changes = len(moves) + sum(event.type in ("priority_changed", "cancel_forced") for event in events)
     found = {
         "events have holes": [event.seq for event in events] != list(range(1, len(events) + 1)),
         "the first event is not the birth": path[:1] != ["queued"] or moves[0].body["from"] is not None,

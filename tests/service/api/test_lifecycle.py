@@ -101,6 +101,21 @@ def test_a_cancel_may_let_the_job_save_first(client: TestClient, house: House) -
     assert reply.control == "stop"
 
 
+def test_a_cancel_that_does_not_save_forces_one_that_does(client: TestClient, house: House) -> None:
+    job, token = house.running_job()
+    saving = act(client, job, "cancel", params={"checkpoint": "true"}).json()
+    forced = act(client, job, "cancel")
+    assert (forced.status_code, forced.json()["state"], forced.json()["stop_saves"]) == (202, "cancelling", False)
+    assert forced.json()["version"] == saving["version"] + 1
+    assert house.store.ingest(attempt_id(job.id, 1), token, IngestBatch(batches=())).control == "abort"
+    assert [event.type for event in house.store.events(job.id)][-2:] == ["state_changed", "cancel_forced"]
+    for ask in ({}, {"checkpoint": "true"}):  # neither does more, nor takes it back
+        again = act(client, job, "cancel", params=ask)
+        assert (again.status_code, again.json()["version"]) == (200, forced.json()["version"])
+    with pytest.raises(Conflict, match="only a cancellation that saves first"):
+        house.store.force_cancel(house.store.get(job.id))
+
+
 def test_a_running_job_is_paused_and_resumed(client: TestClient, house: House) -> None:
     job, _ = house.running_job()
     assert [act(client, job, "pause").status_code for _ in range(2)] == [202, 200]

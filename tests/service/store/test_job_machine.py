@@ -25,6 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from service.api.lifecycle import cancel
 from service.api.steering import Verb, steer
 from service.errors import Conflict
 from service.jobs import (
@@ -35,7 +36,6 @@ from service.jobs import (
     LogLine,
     Outcome,
     Phase,
-    Reason,
     TelemetryEvent,
     attempt_id,
 )
@@ -157,14 +157,15 @@ class JobMachine(RuleBasedStateMachine):
         self.let_all_attempts_ask(job)
 
     def cancel(self, job: str, saves: bool) -> None:
-        def act(seen: Job, to: JobState) -> Job:
-            return self.store.transition(seen, to, reason=Reason.CANCELLED_BY_USER, stop_saves=saves)
-
         told = self.told[job]
         with self.expecting(told.state in {"succeeded", "failed"}):
-            steer(self.store, job, Verb.CANCEL, act)
-            if not told.over and told.state != "cancelling":
+            cancel(self.store, job, checkpoint=saves)
+            if told.state == "cancelling":
+                told.version += told.stop_saves and not saves
+                told.stop_saves = told.stop_saves and saves
+            elif not told.over:
                 told.move("cancelled" if told.state in {"queued", "paused"} else "cancelling", stop_saves=saves)
+                told.stop_saves = saves and told.state == "cancelling"
 
     def pause(self, job: str) -> None:
         told = self.told[job]
