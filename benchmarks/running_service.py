@@ -26,7 +26,7 @@ class Served:
 @contextmanager
 def serving(folder: Path, variables: Mapping[str, str]) -> Iterator[Served]:
     """A service on the data ``folder``; ``variables`` are set in its environment."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--json", "--data-dir", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "service", "serve", "--json", "--data-dir", str(folder), "--port", "0"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**inherited, **variables}

@@ -76,7 +76,7 @@ def _belongs_to_us(process: psutil.Process, ranks: set[int]) -> bool:
         line = " ".join(process.cmdline())
     except psutil.Error:
         return False
-    return "service.cli serve" in line or "service.cluster.runner" in line
+    return "-m service serve" in line or "service.cluster.runner" in line
 
 
 def _cpu_s(processes: list[psutil.Process]) -> float:

@@ -90,7 +90,7 @@ def _train(console: Console, client: Client, spec: JobSpec) -> JobReport:
 def _service(data_dir: Path, port: int) -> Iterator[str]:
     """Run the service in a process of its own, and its URL; it is stopped as Ctrl-C would."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "service.cli", "serve", "--json", "--data-dir", str(data_dir), "--port", str(port)]
+    command = [sys.executable, "-m", "service", "serve", "--json", "--data-dir", str(data_dir), "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
     with (data_dir / "service.log").open("ab") as log:
         process = subprocess.Popen(

@@ -47,7 +47,7 @@ class RunningService:
 
     def start(self, port: int = 0) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SYNCBN_", "RAY_"))}
-        command = [sys.executable, "-m", "service.cli", "serve", "--json"]
+        command = [sys.executable, "-m", "service", "serve", "--json"]
         command += ["--data-dir", str(self.data_dir), "--port", str(port)]
         self.data_dir.mkdir(exist_ok=True)
         with (self.data_dir / "service.log").open("ab") as log:

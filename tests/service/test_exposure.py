@@ -79,7 +79,7 @@ def test_serve_refuses_before_it_listens(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {"PATH": os.environ["PATH"], "SYNCBN_DATA_DIR": str(tmp_path / "data")}
-    command = [sys.executable, "-m", "service.cli", "serve", "--json", "--host", "0.0.0.0", "--port", str(port)]
+    command = [sys.executable, "-m", "service", "serve", "--json", "--host", "0.0.0.0", "--port", str(port)]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (answer.returncode, answer.stdout) == (1, "")
     assert '"code": "exposed"' in answer.stderr

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from service.commands.options import DataDir, JsonOption
 from service.errors import FieldProblem, InvalidRequest
 from service.jobs import ApiKey, AuditEntry, KeyOrder, NewApiKey, PrincipalTerms, Role
-from service.options import DataDir, JsonOption
 from service.settings import Settings
 
 if TYPE_CHECKING:

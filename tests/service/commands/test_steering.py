@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.commands.program import app
 from service.jobs import Job, JobState, Phase, Reason
 from service.store import JobStore
 from tests.service.api.house import House

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.commands.program import app
 from service.errors import Gone, ServiceError
 from service.jobs import JobState, attempt_id, new_job_id
 from service.lock import DataFolderInUse, lock_data_folder

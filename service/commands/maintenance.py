@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.commands.options import DataDir, JsonOption
 from service.errors import ServiceError
 from service.lock import lock_data_folder
-from service.options import DataDir, JsonOption
 from service.settings import Settings
 
 if TYPE_CHECKING:

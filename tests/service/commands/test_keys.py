@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from service.commands.keys import keys_app
 from service.errors import InvalidRequest, NotFound, Unauthorized
 from service.jobs import Role
-from service.keys_cli import keys_app
 from service.settings import Settings
 from service.store import JobStore
 
@@ -61,6 +61,6 @@ def test_what_cannot_be_done_says_why(tmp_path: Path) -> None:
 
 def test_the_command_is_one_of_syncbns(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "SYNCBN_DATA_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "service.cli", "keys", "revoke", "key_none"]
+    command = [sys.executable, "-m", "service", "keys", "revoke", "key_none"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (answer.returncode, answer.stdout, answer.stderr) == (1, "", "error: there is no key key_none\n")

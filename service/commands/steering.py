@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 
 from service.client import Client
-from service.connection import open_client
+from service.commands.connection import open_client
+from service.commands.options import JobArgument, JsonOption
 from service.errors import FieldProblem, InvalidRequest
 from service.jobs import Job
-from service.options import JobArgument, JsonOption
 
 steering_app = typer.Typer()
 
