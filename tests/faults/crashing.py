@@ -1,13 +1,13 @@
 """Tells the story again and again, each time in a process that is killed one instruction later: a program of its own.
 
-``python -m tests.faults.crashing FOLDER EVERY`` prints a line for each process: the folder of its database, and before
-which instruction it was killed; "the end" for the last one, which nothing killed. An instruction is whatever changes
+``python -m tests.faults.crashing FOLDER EVERY [URL]`` prints a line for each process: its folder, and before which
+instruction it was killed; "the end" for the last one, which nothing killed. Each has a SQLite file in its folder, or a
+database of its own on the PostgreSQL server at ``URL``. An instruction is whatever changes
 something that outlives the process: a statement that writes, a commit, a word to the cluster. Between two of them a
 killed process leaves the same things behind wherever it dies.
 """
 
 import os
-import shutil
 import signal
 import sys
 from itertools import count
@@ -16,11 +16,10 @@ from pathlib import Path
 from sqlalchemy import Engine, event
 
 from service.log import configure_log
-from service.store import JobStore
+from tests.faults.databases import Databases, Files, OnServer
 from tests.faults.journal_cluster import JournalCluster
 from tests.faults.story import Story
 
-DATABASE = "jobs.sqlite"
 JOURNAL = "cluster.jsonl"
 THE_END = "the end"
 
@@ -58,24 +57,25 @@ class Fuse:
 
 def main() -> None:
     configure_log(as_json=True)  # to stderr: what is said on stdout is read
-    folder, every = Path(sys.argv[1]), int(sys.argv[2])
-    JobStore.open(folder / DATABASE).close()
+    folder, every, url = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    databases = OnServer(*url) if url else Files()
+    databases.prepare(folder)
     for length in count(1, every):
         own = folder / str(length)
         own.mkdir()
-        shutil.copy(folder / DATABASE, own)
-        killed_before = _tell_in_child(own, length)
+        databases.add(own)
+        killed_before = _tell_in_child(own, databases, length)
         sys.stdout.write(f"{own} {killed_before}\n")
         sys.stdout.flush()
         if killed_before == THE_END:
             return
 
 
-def _tell_in_child(folder: Path, length: int) -> str:
+def _tell_in_child(folder: Path, databases: Databases, length: int) -> str:
     # Forked, because importing all this takes longer than the story; this process has one thread and no database.
     child = os.fork()
     if child == 0:
-        _tell(folder, length)
+        _tell(folder, databases, length)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return (folder / "killed").read_text()
@@ -84,10 +84,10 @@ def _tell_in_child(folder: Path, length: int) -> str:
     return THE_END
 
 
-def _tell(folder: Path, length: int) -> None:
+def _tell(folder: Path, databases: Databases, length: int) -> None:
     try:
         fuse = Fuse(length, folder / "killed")
-        store = JobStore.open(folder / DATABASE)
+        store = databases.open(folder)
         fuse.lay()
         Story(store, JournalCluster(folder / JOURNAL, fuse.burn), folder).tell()
         store.close()

@@ -28,8 +28,10 @@ from service.jobs import Job, JobSpec, JobState
 from service.log import configure_log
 from service.store import JobStore
 from tests.faults.aftermath import crashes, what_went_wrong
+from tests.faults.databases import Databases, Files, OnServer
 from tests.faults.history import all_events, problems_of
 from tests.faults.stand_in_ray import StandInRay, loss_of, standing_in
+from tests.postgresql import PostgresServer
 
 KILLS_A_ROUND = 20
 NUM_STEPS = 60
@@ -45,7 +47,7 @@ class Tally:
     """What has happened so far, over all rounds; ``wrong`` must stay empty."""
 
     crash_points: int = 0
-    """Instructions between which the store and the scheduler were killed; all of them, once."""
+    """Instructions between which the store and the scheduler were killed; all of them, once, on each database."""
     rounds: int = 0
     kills: int = 0
     kills_while_starting: int = 0
@@ -142,7 +144,7 @@ class KilledService:
         self.url = f"http://127.0.0.1:{self._port}"
 
     def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "service.cli", "serve", "--json"]
+        command = [sys.executable, "-m", "service", "serve", "--json"]
         command += ["--data-dir", str(self._folder), "--port", str(self._port)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
         with (self._folder / "service.log").open("a") as log:
@@ -268,9 +270,22 @@ def _free_port() -> int:
 
 def crash_everywhere(tally: Tally, folder: Path) -> None:
     """Kill the store and the scheduler before each instruction of a story, and let another go on from there."""
-    for where, killed_before in crashes(folder, every=1):
+    server = PostgresServer()
+    try:
+        server.start()
+        url = server.url().get_secret_value()
+        _crash_on(tally, folder / "sqlite", Files())
+        _crash_on(tally, folder / "postgresql", OnServer(url), url)
+    finally:
+        server.remove()
+
+
+def _crash_on(tally: Tally, folder: Path, databases: Databases, *url: str) -> None:
+    folder.mkdir()
+    for where, killed_before in crashes(folder, 1, *url):
         tally.crash_points += 1
-        tally.wrong += [f"killed before {killed_before} in {where.name}: {what}" for what in what_went_wrong(where)]
+        wrong = what_went_wrong(where, databases)
+        tally.wrong += [f"killed before {killed_before} in {folder.name}/{where.name}: {what}" for what in wrong]
 
 
 def main() -> int:
