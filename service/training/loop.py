@@ -1,5 +1,6 @@
 """The training loop: from a spec and a rank's place to the stream of what happened."""
 
+import math
 import os
 import socket
 import time
@@ -37,6 +38,7 @@ from service.training.dataset import load_dataset
 from service.training.evaluation import Examiner, make_examiner
 from service.training.meeting import Meetings, said_by_rank_zero
 from service.training.models import build_model
+from service.training.non_finite import first_non_finite
 from service.training.orders import Orders
 from service.training.resume import find_checkpoint
 from service.training.rng import gather_rng_states, restore_rng_state
@@ -120,6 +122,7 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
         yield PhaseChanged(phase=Phase.TRAINING)
 
     meetings = Meetings(context, orders, last_step=first_step - 1)
+    was_finite = True
     for step in range(first_step, total_steps + 1):
         began = time.perf_counter()
         rate = learning_rate(step, spec.optimizer.learning_rate, spec.schedule, total_steps)
@@ -130,12 +133,16 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
             logits = replica(dataset.train_images[batch])
         loss = F.cross_entropy(logits.to(dtype), dataset.train_labels[batch])
         torch.autograd.backward(loss)  # DDP averages the gradients over the ranks
+        loss_value = loss.item()
+        if was_finite and not math.isfinite(loss_value):  # while the weights are still those that gave it
+            yield first_non_finite(model, dataset.train_images[batch], dataset.train_labels[batch], step, autocast)
+        was_finite = math.isfinite(loss_value)
         optimizer.step()
         optimizer.zero_grad()
         yield StepMetrics(
             step=step,
             epoch=sampler.epoch(step),
-            loss=loss.item(),
+            loss=loss_value,
             learning_rate=rate,
             step_s=time.perf_counter() - began,
         )
