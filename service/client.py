@@ -21,6 +21,9 @@ from service.jobs import (
     LogRecord,
     MetricSeries,
     PlannedJob,
+    Webhook,
+    WebhookDelivery,
+    WebhookOrder,
 )
 
 _SILENCE_S = 45.0
@@ -28,6 +31,11 @@ _SILENCE_S = 45.0
 
 _PLANNING_S = 150.0
 """The service gives a plan 60 s, and as long for those before it; then it says so itself."""
+
+_TRIAL_S = 30.0
+"""The service gives a webhook 10 s to answer, and as long to resolve its name; then it says so itself."""
+
+_WEBHOOKS = "/v1/webhooks"
 
 _PAUSES_S = (0.1, 0.3, 1.0, 2.0)
 
@@ -201,6 +209,38 @@ class Client:
             if message.event == "log":
                 yield LogRecord.model_validate_json(message.data)
 
+    def make_webhook(self, order: WebhookOrder) -> Webhook:
+        """Have events posted to the URL of ``order`` from now on, signed with a secret that lies with the service."""
+        headers = {"Content-Type": "application/json"}
+        answer = self._ask("POST", _WEBHOOKS, content=order.model_dump_json(), headers=headers)
+        return Webhook.model_validate_json(answer.content)
+
+    def webhooks(self, limit: int = 50, after: str = "") -> list[Webhook]:
+        """Webhooks whose ids come after ``after``, oldest first; everyone's for an admin, else the own ones."""
+        found = self._items(_WEBHOOKS, {"limit": limit, "after": after})
+        return [Webhook.model_validate(item) for item in found]
+
+    def webhook(self, hook_id: str) -> Webhook:
+        """The webhook as it stands."""
+        return Webhook.model_validate_json(self._ask("GET", _webhook_path(hook_id)).content)
+
+    def deliveries(self, hook_id: str, limit: int = 50) -> list[WebhookDelivery]:
+        """The last tries to tell the webhook something, newest first; 100 are kept."""
+        found = self._items(f"{_webhook_path(hook_id)}/deliveries", {"limit": limit})
+        return [WebhookDelivery.model_validate(item) for item in found]
+
+    def try_webhook(self, hook_id: str) -> WebhookDelivery:
+        """What came of a message of type ``test``, sent now; may take 10 s, whatever ``timeout_s`` is.
+
+        Success lets whatever waits be told at once, and wakes a webhook that was failing.
+        """
+        answer = self._ask("POST", f"{_webhook_path(hook_id)}:test", timeout=_TRIAL_S)
+        return WebhookDelivery.model_validate_json(answer.content)
+
+    def remove_webhook(self, hook_id: str) -> None:
+        """Tell it nothing any more, not even what waits."""
+        self._ask("DELETE", _webhook_path(hook_id))
+
     def _follow(self, path: str, seen: int, patience_s: float) -> Iterator[httpx2.ServerSentEvent]:
         """The messages of a stream, those with an id once and in order, ``end`` last."""
         answered, failures = False, 0
@@ -264,6 +304,10 @@ class Client:
 
 def _path(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _webhook_path(hook_id: str) -> str:
+    return f"{_WEBHOOKS}/{quote(hook_id, safe='')}"
 
 
 def _json_object(answer: httpx2.Response) -> dict[str, Any]:

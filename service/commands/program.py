@@ -12,6 +12,7 @@ from service.commands.keys import keys_app
 from service.commands.maintenance import maintenance_app
 from service.commands.running import running_app
 from service.commands.steering import steering_app
+from service.commands.webhooks import webhooks_app
 from service.errors import ServiceError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app.add_typer(running_app)
 app.add_typer(jobs_app)
 app.add_typer(steering_app)
 app.add_typer(keys_app, name="keys")
+app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(maintenance_app)
 
 
