@@ -24,19 +24,29 @@ _SETTINGS = {"listen_addresses": "", "fsync": "off", "deadlock_timeout": "50ms",
 
 
 class PostgresServer:
-    """One server with the superuser ``postgres``; `stop` and `start` again keep what is stored."""
+    """One server with the superuser ``postgres``; `stop` and `start` again keep what is stored.
 
-    def __init__(self) -> None:
+    Its data lie in its own folder or in ``data``, which it makes unless they are there. ``settings`` are its own.
+    """
+
+    def __init__(self, data: Path | None = None, **settings: str) -> None:
         self._user = _unprivileged_user()
+        self._settings = _SETTINGS | settings
         self.folder = Path(tempfile.mkdtemp(prefix="syncbn-pg-"))
         if self._user:
             shutil.chown(self.folder, self._user["user"], self._user["group"])
         self._bin = _programs(self.folder, self._user)
         self._shell: subprocess.Popen[bytes] | None = None
         self._num_databases = 0
+        self._data = self.folder / "data" if data is None else data
+        if self._data.exists():
+            return
+        if self._user:
+            self._data.mkdir(mode=0o700)
+            shutil.chown(self._data, self._user["user"], self._user["group"])
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
         made = subprocess.run(
-            [self._bin / "initdb", "--pgdata=data", *options],
+            [self._bin / "initdb", "--pgdata", self._data, *options],
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -46,8 +56,8 @@ class PostgresServer:
         assert made.returncode == 0, made.stderr
 
     def start(self) -> None:
-        settings = [part for key, value in _SETTINGS.items() for part in ("-c", f"{key}={value}")]
-        command: list[str | Path] = [self._bin / "postgres", "-D", "data", "-k", self.folder, *settings]
+        settings = [part for key, value in self._settings.items() for part in ("-c", f"{key}={value}")]
+        command: list[str | Path] = [self._bin / "postgres", "-D", self._data, "-k", self.folder, *settings]
         shell = subprocess.Popen(
             ["sh", "-c", _UNTIL_INPUT_ENDS, "sh", *command],
             cwd=self.folder,

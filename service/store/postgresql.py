@@ -80,6 +80,8 @@ def _engine(address: URL, busy_timeout_s: float) -> Engine:
         "idle_in_transaction_session_timeout": _FORGOTTEN_TRANSACTION_S,
     }
     options = " ".join(f"-c {option}={int(seconds * 1000)}" for option, seconds in timeouts.items())
+    # Whatever the server's default is: what was answered shall survive a power cut.
+    options += " -c synchronous_commit=on"
     chosen = address.query.get("options", "")
     defaults = {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": "syncbn", **_KEEPALIVE}
     # Of servers that are named together only the one that takes writes will do.
