@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from service.jobs import Convergence, ConvergenceVerdict, NonFinite
+from service.jobs import Convergence, ConvergenceVerdict, Decay, NonFinite
 from service.reports.blocks import Series, block_means
 from service.reports.cells import CellMeans, Steps
+from service.reports.decay import fit_stretch, stretch_of
 from service.reports.divergence import blown_up, find_origin, not_finite
 from service.reports.trend import NUM_BLOCKS, Window, judge_window, last_window
 
@@ -63,18 +64,30 @@ class LossCourse:
         return self._blown_up() or self._moving(self._cells.means)
 
     def lasting_verdict(self, non_finite: Iterable[tuple[int, NonFinite]] = ()) -> Convergence:
-        """The verdict to stop a run by, which may be asked for at any time and as often as one likes.
+        """The verdict to act by while the run goes on: it may be asked for at any time and as often as one likes.
 
-        A plateau counts only if the window before the present one was judged a plateau too, and the fall from the
-        one to the other is within the margin; it is else undecided. Every other verdict is the one of `verdict`.
+        A plateau counts only if the window before the present one was a plateau too, with a mean within the margin of
+        the present one's; worsening only by an interval twice as wide. Both are else undecided. Other verdicts are
+        those of `verdict`.
         """
         verdict = self.verdict(non_finite)
-        if verdict.verdict is not ConvergenceVerdict.PLATEAU or self._was_plateau(verdict):
-            return verdict
-        assert verdict.block_steps is not None
-        needed = 2 * NUM_BLOCKS * verdict.block_steps
-        why = f"Undecided: the loss has come to rest, but not over {needed} steps and twice in a row. "
-        return verdict.model_copy(update={"verdict": ConvergenceVerdict.UNDECIDED, "sentence": why + verdict.sentence})
+        match verdict.verdict:
+            case ConvergenceVerdict.PLATEAU if not self._was_plateau(verdict):
+                doubt = "Undecided: the loss has come to rest, but not yet for two windows in a row. "
+            case ConvergenceVerdict.WORSENING if not _surely_worse(verdict):
+                doubt = "Undecided: the loss rises, but not more than it may by chance in one of many looks. "
+            case _:
+                return verdict
+        return verdict.model_copy(
+            update={"verdict": ConvergenceVerdict.UNDECIDED, "sentence": doubt + verdict.sentence}
+        )
+
+    def decay(self) -> Decay:
+        """The law by which the loss falls; see `service.reports.decay.fit_stretch`."""
+        if self._not_finite:
+            step, num = self._not_finite[0], self._cells.num_values
+            return Decay(law=None, sentence=f"No law is told: the loss of step {step} is not finite.", num_steps=num)
+        return fit_stretch(stretch_of(self._cells, self._warmup_steps))
 
     @property
     def _cells_per_block(self) -> int:
@@ -191,3 +204,10 @@ def _nothing_yet() -> Convergence:
         sentence=f"Undecided: no training step is recorded yet; {NUM_BLOCKS * MIN_BLOCK} are needed.",
         num_steps=0,
     )
+
+
+def _surely_worse(verdict: Convergence) -> bool:
+    assert verdict.slope is not None
+    assert verdict.slope_low is not None
+    assert verdict.margin is not None
+    return 2 * verdict.slope_low - verdict.slope > verdict.margin
