@@ -95,6 +95,15 @@ def plan_panel(planned: PlannedJob) -> RenderableType:
     if plan.layers:
         least = min(plan.layers, key=lambda layer: layer.num_values)
         rows.append(("fewest values", f"{least.num_values} a channel, in layer {escape(least.layer)}"))
+        noisiest = max(plan.layers, key=lambda layer: layer.running_mean_noise)
+        rows.append(
+            (
+                "running means",
+                f"off by about {noisiest.running_mean_noise:.2g} sigma by chance in layer {escape(noisiest.layer)}, "
+                f"at most {noisiest.worst_noise:.2g}; {plan.lag_steps:g} steps behind; {plan.initial_weight:.1%} "
+                "of their start left",
+            )
+        )
     rows += [("warning", f"[yellow]{escape(warning.message)}[/]") for warning in plan.warnings]
     rows += [("cluster", f"[red]{escape(problem.message)}[/]") for problem in planned.placement]
     if planned.feasible:

@@ -18,6 +18,11 @@ class LayerPlan(View):
     ``num_values`` is how many values each channel's batch statistics rest on: images that share them times
     positions of an image. Bytes are those of the float64 vectors that each rank contributes in a training step,
     without what the transport adds; zero where nothing is exchanged.
+
+    ``design_effect`` is assumed: how many positions of an image weigh as much as an independent one. With it follow,
+    by `syncbn.outlook`, in standard deviations of the layer's input: ``batch_mean_error``, the standard error of a
+    batch's mean, and ``running_mean_noise``, that of the running mean after the last step. ``worst_noise`` is the
+    latter if all positions of an image say the same. ``var_bias`` is the relative bias of the running variance.
     """
 
     layer: str
@@ -26,6 +31,11 @@ class LayerPlan(View):
     num_values: int
     forward_bytes: int
     backward_bytes: int
+    design_effect: float
+    batch_mean_error: float
+    running_mean_noise: float
+    worst_noise: float
+    var_bias: float
 
 
 class JobPlan(View):
@@ -44,6 +54,10 @@ class JobPlan(View):
     exchanges_per_step: int
     """Collectives of all BatchNorm layers in a training step, forward and backward."""
     exchange_bytes_per_step: int
+    lag_steps: float
+    """Mean age, in steps, of the batches in the running statistics."""
+    initial_weight: float
+    """Share of the running statistics that is still what they began with after the last step."""
     warnings: tuple[Outlook, ...] = ()
 
 

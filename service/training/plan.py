@@ -18,6 +18,8 @@ from service.jobs import JobPlan, JobSpec, LayerPlan, Normalization, Outlook, Pr
 from service.training.dataset import load_dataset
 from service.training.models import build_model
 from service.training.sampler import BatchSampler
+from syncbn.drift.moving_average import initial_weight, lag_steps
+from syncbn.outlook import NOISE_LIMIT, Risk, StatisticsOutlook, foresee, typical_design_effect
 
 _FEW_VALUES = 16
 _BYTES_OF_DOUBLE = 8
@@ -46,9 +48,9 @@ def plan(spec: JobSpec) -> JobPlan:
     """
     shape = _data_shape(spec.data)
     model = _meta_model(spec, shape)
-    layers = tuple(_plan_layers(model, spec, shape.sample_shape))
     steps_per_epoch = _steps_per_epoch(spec, shape.num_train_images)
     total_steps = spec.max_steps or (spec.epochs or 0) * steps_per_epoch
+    layers = tuple(_plan_layers(model, spec, shape.sample_shape, total_steps))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     bytes_of_parameter = 8 if spec.precision is Precision.FLOAT64 else 4
     exchanging = [layer for layer in layers if layer.forward_bytes]
@@ -63,6 +65,8 @@ def plan(spec: JobSpec) -> JobPlan:
         layers=layers,
         exchanges_per_step=2 * len(exchanging),
         exchange_bytes_per_step=sum(layer.forward_bytes + layer.backward_bytes for layer in exchanging),
+        lag_steps=lag_steps(spec.bn_momentum),
+        initial_weight=initial_weight(spec.bn_momentum, total_steps),
         warnings=tuple(_warnings(spec, layers, total_steps)),
     )
 
@@ -85,12 +89,14 @@ def _meta_model(spec: JobSpec, shape: _DataShape) -> nn.Module:
         return build_model(spec.model, shape.sample_shape, shape.num_classes, spec.bn_momentum)
 
 
-def _plan_layers(model: nn.Module, spec: JobSpec, sample_shape: Sequence[int]) -> Iterator[LayerPlan]:
+def _plan_layers(model: nn.Module, spec: JobSpec, sample_shape: Sequence[int], total_steps: int) -> Iterator[LayerPlan]:
     """Every BatchNorm layer as an image passes it."""
     exchanges = spec.normalization is Normalization.SYNC and spec.num_workers > 1
     for name, layer, input in _inputs_of_layers(model, sample_shape):
         positions = math.prod(input.shape[2:])
         num_channels = layer.num_features
+        effect = typical_design_effect(positions)
+        expected, worst = (_foresee(spec, positions, total_steps, each) for each in (effect, positions))
         yield LayerPlan(
             layer=name,
             num_channels=num_channels,
@@ -98,7 +104,16 @@ def _plan_layers(model: nn.Module, spec: JobSpec, sample_shape: Sequence[int]) -
             num_values=spec.normalization_batch_size * positions,
             forward_bytes=(2 * num_channels + 1) * _BYTES_OF_DOUBLE if exchanges else 0,
             backward_bytes=2 * num_channels * _BYTES_OF_DOUBLE if exchanges else 0,
+            design_effect=effect,
+            batch_mean_error=expected.batch_mean_error,
+            running_mean_noise=expected.running_mean_noise,
+            worst_noise=worst.running_mean_noise,
+            var_bias=expected.var_bias,
         )
+
+
+def _foresee(spec: JobSpec, positions: int, total_steps: int, design_effect: float | None = None) -> StatisticsOutlook:
+    return foresee(spec.normalization_batch_size, positions, spec.bn_momentum, total_steps, design_effect)
 
 
 def _inputs_of_layers(model: nn.Module, sample_shape: Sequence[int]) -> list[tuple[str, _BatchNorm, Tensor]]:
@@ -126,14 +141,48 @@ def _warnings(spec: JobSpec, layers: Sequence[LayerPlan], total_steps: int) -> I
             message=f"each of {spec.num_workers} workers normalizes by its own {spec.batch_size_per_worker} images, "
             "and the running statistics that are kept are worker 0's; sync normalizes by all together",
         )
-    remembered = (1 - spec.bn_momentum) ** total_steps
-    if layers and remembered > 0.05:
-        yield Outlook(
-            pointer="/bn_momentum",
-            code="statistics_too_young",
-            message=f"after {total_steps} steps {remembered:.0%} of the running statistics are still what they began "
-            "with (mean 0, variance 1); train longer or raise bn_momentum",
-        )
+    if layers:
+        noisiest = max(layers, key=lambda layer: layer.running_mean_noise)
+        outlook = _foresee(spec, noisiest.positions_per_image, total_steps)
+        if Risk.NOISY in outlook.risks:
+            yield _noisy(spec, noisiest.layer, outlook)
+        if Risk.YOUNG in outlook.risks:
+            yield Outlook(
+                pointer="/bn_momentum",
+                code="statistics_too_young",
+                message=f"after {total_steps} steps {outlook.initial_weight:.0%} of the running statistics are still "
+                f"what they began with (mean 0, variance 1); train longer, or raise bn_momentum to "
+                f"{_rounded_up(outlook.grown_momentum):g}, which leaves 1%",
+            )
+
+
+def _noisy(spec: JobSpec, layer: str, outlook: StatisticsOutlook) -> Outlook:
+    noise = outlook.running_mean_noise
+    momentum = _rounded_down(outlook.quiet_momentum)
+    images = f"{outlook.quiet_images} images a batch statistic instead of {spec.normalization_batch_size}"
+    if spec.normalization is Normalization.LOCAL and spec.global_batch_size >= outlook.quiet_images:
+        images += " (normalization sync has them)"
+    if outlook.quiet_momentum < outlook.grown_momentum:
+        pointer, remedy = "/batch_size_per_worker", f"take {images}: a lower bn_momentum would stay near its beginning"
+    else:
+        pointer, remedy = "/bn_momentum", f"lower bn_momentum to {momentum:g}, or take {images}"
+    return Outlook(
+        pointer=pointer,
+        code="statistics_too_noisy",
+        message=f"the running means of layer {layer} will be off by about {noise:.2f} standard deviations by chance "
+        f"alone, and from {NOISE_LIMIT:g} on they are not fit to be shipped; {remedy}",
+    )
+
+
+def _rounded_down(momentum: float) -> float:
+    """To two digits, so that what is recommended keeps what it promises."""
+    unit = 10.0 ** (math.floor(math.log10(momentum)) - 1)
+    return math.floor(momentum / unit) * unit
+
+
+def _rounded_up(momentum: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(momentum)) - 1)
+    return min(1.0, math.ceil(momentum / unit) * unit)
 
 
 def _few_values(spec: JobSpec, layer: LayerPlan, num_layers: int) -> Outlook:

@@ -1,9 +1,11 @@
 """Plans against what training really does."""
 
+import math
+
 import pytest
 import torch
 
-from service.jobs import AdamW, JobSpec, LayerPlan, Mlp, Normalization, Precision, ResNet20
+from service.jobs import AdamW, JobSpec, Mlp, Normalization, Precision, ResNet20
 from service.training.dataset import load_dataset
 from service.training.models import build_model
 from service.training.plan import Impossible, plan
@@ -38,14 +40,24 @@ def test_the_exchanges_of_a_plan_are_those_of_a_step(model: Mlp | ResNet20) -> N
 def test_a_layer_counts_the_values_behind_each_statistic() -> None:
     planned = plan(_spec(model=ResNet20(width=4).model_dump(), num_workers=4, batch_size_per_worker=2))
     assert len(planned.layers) == 19
-    assert planned.layers[0] == LayerPlan(
-        layer="bn",
-        num_channels=4,
-        positions_per_image=64,
-        num_values=8 * 64,
-        forward_bytes=9 * 8,
-        backward_bytes=8 * 8,
+    noise = math.sqrt(0.1 / 1.9 / 8)  # of means over 8 images; in one image all positions say the same, or sqrt(S) do
+    assert planned.layers[0].model_dump() == pytest.approx(
+        {
+            "layer": "bn",
+            "num_channels": 4,
+            "positions_per_image": 64,
+            "num_values": 8 * 64,
+            "forward_bytes": 9 * 8,
+            "backward_bytes": 8 * 8,
+            "design_effect": 8.0,
+            "batch_mean_error": 1 / 8,
+            "running_mean_noise": noise / math.sqrt(8),
+            "worst_noise": noise,
+            "var_bias": -7 / 511,
+        },
+        rel=1e-9,
     )
+    assert planned.lag_steps == pytest.approx(9.0)
     assert planned.layers[-1].positions_per_image == 4
     assert planned.exchange_bytes_per_step == sum(8 * (4 * layer.num_channels + 1) for layer in planned.layers)
 
@@ -70,6 +82,26 @@ def test_a_short_run_is_told_that_its_statistics_stay_near_their_beginning() -> 
     short, long = plan(_spec(epochs=None, max_steps=20)), plan(_spec(epochs=None, max_steps=29))
     assert "12% of the running statistics" in next(w.message for w in short.warnings)  # 0.9 ** 20 = 0.1216
     assert not long.warnings  # 0.9 ** 29 = 0.047
+    assert "raise bn_momentum to 0.21" in short.warnings[0].message  # 1 - 0.01 ** (1 / 20) = 0.2057
+    assert short.initial_weight == pytest.approx(0.9**20, rel=1e-9)
+
+
+def test_noise_that_would_spoil_the_statistics_is_foretold_with_the_number_to_change() -> None:
+    noisy = _spec(normalization=Normalization.LOCAL, num_workers=5, batch_size_per_worker=2, bn_momentum=0.5)
+    warning = next(warning for warning in plan(noisy).warnings if warning.code == "statistics_too_noisy")
+    assert warning.pointer == "/bn_momentum"
+    assert "off by about 0.41 standard deviations" in warning.message  # sqrt(0.5 / 1.5 / 2)
+    assert "lower bn_momentum to 0.14, or take 9 images" in warning.message  # 0.5 / 1.5 / 0.2 ** 2 = 8.3
+    assert "normalization sync has them" in warning.message
+    quiet = (noisy.model_copy(update={"bn_momentum": 0.14}), noisy.model_copy(update={"batch_size_per_worker": 9}))
+    for spec in quiet:
+        assert "statistics_too_noisy" not in {warning.code for warning in plan(spec).warnings}
+
+
+def test_a_short_noisy_run_needs_images_and_not_another_momentum() -> None:
+    planned = plan(_spec(epochs=None, max_steps=20, num_workers=1, batch_size_per_worker=2, bn_momentum=0.5))
+    warning = next(warning for warning in planned.warnings if warning.code == "statistics_too_noisy")
+    assert (warning.pointer, "take 9 images" in warning.message) == ("/batch_size_per_worker", True)
 
 
 def test_one_worker_exchanges_nothing() -> None:
