@@ -1,6 +1,8 @@
 """Joins the parts into one running service: the only place that knows them all."""
 
 import asyncio
+import os
+import secrets
 import shutil
 import socket
 import threading
@@ -21,8 +23,9 @@ from service.cluster.launcher import RayLauncher
 from service.confinement import data_problems
 from service.errors import ClusterUnreachable, ServiceError, StoreUnavailable
 from service.exposure import refuse_exposure
+from service.housekeeping import Housekeeper
 from service.lock import lock_data_folder
-from service.memory import open_store, refuse_unshared_cluster
+from service.memory import open_store, refuse_unshared_cluster, retention_of
 from service.planner import Planner
 from service.scheduler import Scheduler
 from service.scheduler.farewell import let_attempts_leave, set_aside
@@ -71,21 +74,30 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
             stack.callback(_stop_head, head, store)
             stack.enter_context(_thread("head-heartbeat", lambda: _keep_touching(head, stopping), stopping))
         settings.storage_path.mkdir(parents=True, exist_ok=True)
+        holder = _holder(settings)
         scheduler = Scheduler(
             store,
             launcher,
             ingest_url=str(settings.public_url or url),
             storage=settings.storage_path,
             quota_of=store.principals.quota_of,
-            holder=_holder(settings),
+            holder=holder,
         )
         scheduling = stack.enter_context(_thread("scheduler", lambda: scheduler.run(stopping), stopping))
         if head is not None:
             stack.callback(_cut_start_short, head, scheduler, stopping)
-        guard, secrets = AddressGuard(settings.webhook_networks), SecretFiles(settings.secrets_dir)
-        sender = Sender(guard, secrets)
-        dispatcher = Dispatcher(store, sender, holder=_holder(settings))
+        guard, secret_files = AddressGuard(settings.webhook_networks), SecretFiles(settings.secrets_dir)
+        sender = Sender(guard, secret_files)
+        dispatcher = Dispatcher(store, sender, holder=holder)
         stack.enter_context(_thread("webhooks", lambda: dispatcher.run(stopping), stopping))
+        housekeeper = Housekeeper(
+            store,
+            retention_of(settings),
+            settings.keep_audit_days,
+            every_s=settings.forget_every_hours * 3600,
+            holder=holder,
+        )
+        stack.enter_context(_thread("housekeeper", lambda: housekeeper.run(stopping), stopping))
         app = create_app(
             store,
             check_placement=lambda spec: [
@@ -96,7 +108,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
             plan=Planner().plan,
             readiness=lambda: _readiness(store, scheduler, settings.data_dir),
             gauges=lambda: scheduler.gauges,
-            hooks=Desk(guard, secrets, sender),
+            hooks=Desk(guard, secret_files, sender),
             api_token=settings.api_token,
             limits=RateLimits(requests=settings.rate_limit, refusals=settings.refusal_limit),
             allowed_hosts=_allowed_hosts(settings),
@@ -109,10 +121,10 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
         server.run(sockets=[listener])
 
 
-def _holder(settings: Settings) -> str | None:
+def _holder(settings: Settings) -> str:
     """Who holds the leases: on a database in the locked data folder whoever has the lock, at once."""
-    if settings.database_url is not None:
-        return None  # a name that no other service has, whatever its folder is called
+    if settings.database_url is not None:  # a name that no other service has, whatever its folder is called
+        return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     return f"the service on {settings.data_dir.absolute()}"
 
 

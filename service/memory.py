@@ -1,8 +1,8 @@
-"""Opens the memory that the settings name; for every command that needs it, the service's own among them."""
+"""The memory that the settings name, and for how long it keeps things; for every command that needs it."""
 
 from service.errors import ServiceError
 from service.settings import Settings
-from service.store import JobStore
+from service.store import JobStore, Retention
 
 
 class NoSharedCluster(ServiceError):
@@ -17,6 +17,11 @@ def open_store(settings: Settings) -> JobStore:
     if settings.database_url is not None:
         return JobStore.connect(settings.database_url)
     return JobStore.open(settings.database_path)
+
+
+def retention_of(settings: Settings) -> Retention:
+    """For how long what ended jobs have told is kept."""
+    return Retention(settings.keep_metrics_days, settings.keep_logs_days, settings.keep_events_days)
 
 
 def refuse_unshared_cluster(settings: Settings) -> None:

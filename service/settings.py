@@ -11,6 +11,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 _Rate = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour)$")]
 
 
+def _or_for_ever(days: object) -> object:
+    return None if days == "forever" else days
+
+
+_Days = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_or_for_ever)]
+"""A number of days, or ``forever``, which is None."""
+
+
 def _split(paths: object) -> object:
     return tuple(filter(None, paths.split(os.pathsep))) if isinstance(paths, str) else paths
 
@@ -52,6 +60,14 @@ class Settings(BaseSettings):
     """Folder with one file for each secret that webhooks are signed with, kept from everyone's eyes."""
     webhook_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split_at_commas)] = ()
     """Networks, as 10.1.0.0/16 with commas between, that webhooks may lead to beside the public internet."""
+    keep_metrics_days: _Days = None
+    """For how long after a job's end its metrics are kept, and so with its logs and its events' bodies."""
+    keep_logs_days: _Days = None
+    keep_events_days: _Days = None
+    keep_audit_days: _Days = 365
+    """For how long an entry of the audit trail is kept."""
+    forget_every_hours: Annotated[float, Field(gt=0)] = 6
+    """How often the service forgets what has been kept long enough."""
     storage: Path | None = None
     """Folder for checkpoints, the same path here and on every worker; by default inside ``data_dir``."""
     ray_address: HttpUrl | None = None

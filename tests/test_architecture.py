@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rich",
         "typer",
     },
+    "service/housekeeping.py": {"service.errors", "service.store", "structlog"},
     "service/memory.py": {"service.errors", "service.settings", "service.store"},
     "service/demo.py": {"service.jobs", "service.errors", "service.client", "service.display", "rich"},
 }

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 maintenance_app = typer.Typer()
 
-Days = Annotated[float | None, typer.Option(min=0, help="Forget what is older; left out, it is kept for ever.")]
+Days = Annotated[
+    float | None, typer.Option(min=0, help="Forget what is older; left out, as SYNCBN_KEEP_..._DAYS says.")
+]
 
 _GRACE_S = 86_400.0
 """A storage folder in which anything changed within a day is left alone."""
@@ -73,6 +75,7 @@ def gc(
     metrics_days: Days = None,
     logs_days: Days = None,
     events_days: Days = None,
+    audit_days: Days = None,
     orphaned_storage: Annotated[
         bool,
         typer.Option(
@@ -86,24 +89,36 @@ def gc(
     data_dir: DataDir = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Forget what jobs that ended so many days ago have told; whoever asks for it is told so.
+    """Do at once what the service does by itself: forget what jobs that ended so many days ago have told.
 
-    Of events the bodies go, and evaluations and drift with them. Without options it ends what an earlier call began.
+    Whoever asks for it is told so. Of events the bodies go, and evaluations and drift with them. The audit trail loses
+    what is older, and says so itself.
     """
-    from service.memory import open_store
-    from service.store import Retention
+    from service.memory import open_store, retention_of
     from service.store.backup import compact as shrink
 
-    settings = _settings(data_dir)
+    settings = _with_days(
+        _settings(data_dir), metrics=metrics_days, logs=logs_days, events=events_days, audit=audit_days
+    )
     if compact or settings.database_url is None:
         _database_file(settings, "VACUUM FULL")
     with lock_data_folder(settings.data_dir) if compact else nullcontext():
         with closing(open_store(settings)) as store:
-            forgotten = store.forget(Retention(metrics_days, logs_days, events_days))
+            forgotten = store.forget(retention_of(settings))
+            entries = 0 if settings.keep_audit_days is None else store.audit.trim(settings.keep_audit_days)
             removed = _remove_orphans(store, settings.storage_path) if orphaned_storage else []
         freed = shrink(settings.database_path) if compact else 0
-    told = {"forgotten": {str(what): n for what, n in forgotten.items()}, "removed": removed, "freed_bytes": freed}
-    lines = [f"forgot the {what} of {count} jobs" for what, count in forgotten.items()]
+    kept = {str(what): days for what, days in retention_of(settings).days.items()} | {"audit": settings.keep_audit_days}
+    told = {
+        "kept_days": kept,
+        "forgotten": {str(what): n for what, n in forgotten.items()},
+        "audit_entries": entries,
+        "removed": removed,
+        "freed_bytes": freed,
+    }
+    lines = ["kept: " + ", ".join(f"{what} {_duration(days)}" for what, days in kept.items())]
+    lines += [f"forgot the {what} of {count} jobs" for what, count in forgotten.items()]
+    lines += [f"removed {entries} entries of the audit trail"]
     lines += [f"removed {folder}" for folder in removed] + [f"the file is {_mib(freed)} smaller"] * compact
     _tell(told, "\n".join(lines), as_json)
 
@@ -125,6 +140,15 @@ def _last_change(folder: Path) -> float:
 
 def _settings(data_dir: Path | None) -> Settings:
     return Settings() if data_dir is None else Settings(data_dir=data_dir)
+
+
+def _with_days(settings: Settings, **days: float | None) -> Settings:
+    """The settings, with what an option says instead."""
+    return settings.model_copy(update={f"keep_{what}_days": n for what, n in days.items() if n is not None})
+
+
+def _duration(days: float | None) -> str:
+    return "for ever" if days is None else f"{days:g} days"
 
 
 def _database_file(settings: Settings, instead: str, *, must_exist: bool = True) -> Path:

@@ -58,22 +58,26 @@ class Retention:
         return {Told.METRICS: self.metrics_days, Told.LOGS: self.logs_days, Told.EVENTS: self.events_days}
 
 
-def forget(database: Database, policy: Retention, now: datetime) -> dict[Told, int]:
-    """Of how many jobs each has now been forgotten; see this module.
+def forget(
+    database: Database, policy: Retention, now: datetime, interrupted: Callable[[], bool] = lambda: False
+) -> dict[Told, int]:
+    """Of how many jobs each has now been forgotten; see this module. Ends soon once it is ``interrupted``.
 
     Cost: some 10 ms for each 2,000 rows or 100 chunks, in as many transactions. The file of an SQLite database does
     not become smaller; what is freed in it is used again.
     """
     for what, days in policy.days.items():
         if days is not None:
-            while database.transact(_declare(what, _ended_before(now, days), now)) == _PIECE_OF_JOBS:
+            declare = _declare(what, _ended_before(now, days), now)
+            while not interrupted() and database.transact(declare) == _PIECE_OF_JOBS:
                 pass
     with database.read() as connection:
         open_cases = connection.execute(select(forgotten.c.job_id, forgotten.c.what).where(~forgotten.c.complete)).all()
     done = dict.fromkeys(Told, 0)
     for job_id, name in open_cases:
         what = Told(name)
-        _drop(database, job_id, what, now)
+        if not _drop(database, job_id, what, now, interrupted):
+            break
         done[what] += 1
     return done
 
@@ -106,14 +110,18 @@ def _declare(what: Told, ended: ColumnElement[bool], now: datetime) -> Callable[
     return declare
 
 
-def _drop(database: Database, job_id: str, what: Told, now: datetime) -> None:
+def _drop(database: Database, job_id: str, what: Told, now: datetime, interrupted: Callable[[], bool]) -> bool:
+    """Whether all of it is gone, because nobody interrupted."""
     drop = {Told.METRICS: _drop_metrics, Told.LOGS: _drop_logs, Told.EVENTS: _drop_bodies}[what]
     at: int | None = 0
     while at is not None:
+        if interrupted():
+            return False
         at = database.transact(partial(drop, job_id=job_id, at=at, now=now))
     this = (forgotten.c.job_id == job_id, forgotten.c.what == what)
     with database.write() as connection:
         connection.execute(update(forgotten).where(*this).values(complete=True))
+    return True
 
 
 def _drop_metrics(connection: Connection, job_id: str, at: int, now: datetime) -> int | None:

@@ -268,6 +268,14 @@ audit = Table(
     Column("code", String(64)),
     Column("request_id", String(64), nullable=False),
     Index("audit_by_principal", "principal", "seq"),
+    Index("audit_by_time", "time"),
+)
+
+audit_floor = Table(
+    "audit_floor",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("kept_from", UtcTime, nullable=False),
 )
 
 webhooks = Table(
@@ -319,15 +327,18 @@ _AUDIT_KEEPERS = {
         "CREATE TRIGGER audit_refuses_update BEFORE UPDATE ON audit "
         "BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END",
         "CREATE TRIGGER audit_refuses_delete BEFORE DELETE ON audit "
+        "WHEN NOT EXISTS (SELECT 1 FROM audit_floor WHERE OLD.time < kept_from) "
         "BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END",
     ),
     "postgresql": (
-        "CREATE OR REPLACE FUNCTION audit_refuses() RETURNS trigger LANGUAGE plpgsql "
-        "AS $$ BEGIN RAISE EXCEPTION 'the audit trail is only added to'; END $$",
+        "CREATE OR REPLACE FUNCTION audit_refuses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF TG_OP = 'DELETE' AND EXISTS (SELECT 1 FROM audit_floor WHERE OLD.time < kept_from) "
+        "THEN RETURN OLD; END IF; "
+        "RAISE EXCEPTION 'the audit trail is only added to'; END $$",
         "CREATE TRIGGER audit_refuses BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION audit_refuses()",
     ),
 }
-"""What makes the database itself refuse to change the audit trail."""
+"""What makes the database itself refuse to change the audit trail, save for what lies below its written floor."""
 
 for _dialect, _statements in _AUDIT_KEEPERS.items():
     for _statement in _statements:

@@ -474,9 +474,9 @@ class JobStore:
 
     # What is no longer kept
 
-    def forget(self, policy: Retention) -> dict[Told, int]:
+    def forget(self, policy: Retention, interrupted: Callable[[], bool] = lambda: False) -> dict[Told, int]:
         """Forget what ended jobs told longer ago than the policy keeps it; of how many jobs, each.
 
-        Not one transaction but many short ones; see `service.store.retention`.
+        Not one transaction but many short ones, until it is ``interrupted``; see `service.store.retention`.
         """
-        return forget(self._database, policy, self._clock())
+        return forget(self._database, policy, self._clock(), interrupted)

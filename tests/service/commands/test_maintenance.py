@@ -56,7 +56,13 @@ def test_a_backup_comes_back_unless_a_service_holds_the_folder(tmp_path: Path) -
 def test_what_has_been_kept_long_enough_is_forgotten_and_its_room_given_back(tmp_path: Path) -> None:
     job_id = _ended_job(tmp_path)
     nothing = {"metrics": 0, "logs": 0, "events": 0}
-    assert syncbn(tmp_path, "gc", "--metrics-days", "1") == {"forgotten": nothing, "removed": [], "freed_bytes": 0}
+    assert syncbn(tmp_path, "gc", "--metrics-days", "1") == {
+        "kept_days": {"metrics": 1, "logs": None, "events": None, "audit": 365},
+        "forgotten": nothing,
+        "audit_entries": 0,
+        "removed": [],
+        "freed_bytes": 0,
+    }
     told = syncbn(tmp_path, "gc", "--metrics-days", "0", "--compact")
     assert told["forgotten"] == nothing | {"metrics": 1}
     assert told["freed_bytes"] >= 0
@@ -64,6 +70,8 @@ def test_what_has_been_kept_long_enough_is_forgotten_and_its_room_given_back(tmp
     with pytest.raises(Gone):
         store.metric_names(job_id)
     store.close()
+    said = syncbn(tmp_path, "gc", SYNCBN_KEEP_EVENTS_DAYS="7", SYNCBN_KEEP_AUDIT_DAYS="forever")["kept_days"]
+    assert said == {"metrics": None, "logs": None, "events": 7, "audit": None}
     with lock_data_folder(tmp_path), pytest.raises(DataFolderInUse):
         syncbn(tmp_path, "gc", "--compact", "--logs-days", "0")
     store = JobStore.open(tmp_path / "syncbn.sqlite")

@@ -68,6 +68,28 @@ def test_the_database_itself_refuses_to_change_or_remove_an_entry(store: JobStor
     assert store.audit.page() == before
 
 
+def test_old_entries_go_and_the_trail_says_so_itself(store: JobStore, clock: Clock) -> None:
+    for number in range(5):
+        store.audit.append(entry(number))
+        clock.advance(86_400)
+    clock.advance(7 * 86_400)
+    assert store.audit.trim(days=30) == 0
+    assert len(store.audit.page().items) == 5
+    assert store.audit.trim(days=9, interrupted=lambda: True) == 0
+    assert store.audit.trim(days=9) == 3
+    said, *kept = store.audit.page().items
+    assert [record.target for record in kept if record.action != "audit trim"] == ["/v1/jobs/4", "/v1/jobs/3"]
+    assert (said.action, said.address, said.detail.partition(":")[0]) == (
+        "audit trim",
+        "local",
+        "3 entries of before 2026-01-05T03",
+    )
+    with pytest.raises(DBAPIError, match="only added to"), store._database.write() as connection:
+        connection.execute(delete(audit))
+    with pytest.raises(ValueError, match="at least 0"):
+        store.audit.trim(days=-1)
+
+
 def test_an_entry_holds_no_key_and_no_more_text_than_it_should(store: JobStore) -> None:
     key = f"syncbn_{'0a' * 32}"
     told = {"target": f"/v1/jobs/{key}", "detail": key * 1000, "action": "POST " + "x" * 10_000}
