@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.agreement import Exchange
+from syncbn.drift.distances import log_var_ratio, mean_shift, output_error
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import running_moments, tracked_layers
 from syncbn.moments import BatchMoments
@@ -52,29 +53,6 @@ def measure_drift(model: nn.Module, population: Mapping[str, BatchMoments]) -> l
     if unknown:
         raise ValueError(f"no layers with running statistics at {unknown}; the model has {sorted(layers)}")
     return [_layer_drift(path, layers[path], moments) for path, moments in population.items()]
-
-
-def mean_shift(running_mean: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """``(u - p) / sqrt(q + eps)``, in standard deviations of the population, signed. Shape ``(C,)``."""
-    return (running_mean.double() - mean.double()) / (var.double() + eps).sqrt()
-
-
-def log_var_ratio(running_var: Tensor, var: Tensor, eps: float) -> Tensor:
-    """``ln((w + eps) / (q + eps))``, in nats, signed. Shape ``(C,)``."""
-    return ((running_var.double() + eps) / (var.double() + eps)).log()
-
-
-def output_error(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """Mean squared change of the normalized values when ``u, w`` stand in for ``p, q``. Shape ``(C,)``.
-
-    With ``d = (p - u) / sqrt(w + eps)`` and ``r = sqrt((q + eps) / (w + eps))`` it is
-    ``d^2 + (r - 1)^2 * q / (q + eps)``, whatever the distribution of the values: ``(x - u) / sqrt(w + eps)`` is
-    ``r * z + d`` with ``z = (x - p) / sqrt(q + eps)``, which has mean 0 and variance ``q / (q + eps)``.
-    """
-    mean, var, running_var = mean.double(), var.double(), running_var.double()
-    shift = (mean - running_mean.double()) / (running_var + eps).sqrt()
-    ratio = ((var + eps) / (running_var + eps)).sqrt()
-    return shift.square() + (ratio - 1).square() * (var / (var + eps))
 
 
 def rank_disagreement(model: nn.Module, *, process_group: ProcessGroup | None = None) -> dict[str, float]:
