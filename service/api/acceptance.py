@@ -8,8 +8,8 @@ from fastapi import Header, Response
 from service.api.parts import Parts
 from service.api.problems import Answers
 from service.api.versions import tell_version
-from service.errors import FieldProblem, InvalidRequest, TooManyRequests
-from service.jobs import Job, JobSpec, JobState, Principal
+from service.errors import FieldProblem, InvalidRequest
+from service.jobs import Job, JobSpec, Principal
 
 REPLAYED: Answers = {200: {"model": Job, "description": "The job made earlier under this key"}}
 
@@ -59,9 +59,3 @@ def _require_possible(spec: JobSpec, asker: Principal, parts: Parts) -> None:
         problems.append(FieldProblem("/num_workers", "exceeds_quota", text))
     if problems:
         raise InvalidRequest(problems)
-    limit = asker.quota.max_queued_jobs
-    if limit is not None and (waiting := parts.store.count_jobs(asker.name, {JobState.QUEUED})) >= limit:
-        raise TooManyRequests(
-            f"{waiting} jobs of {asker.name} wait, and {limit} may; "
-            "come back when some have started, :cancel some, or ask an admin for a larger quota"
-        )

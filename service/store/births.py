@@ -5,11 +5,12 @@ from datetime import datetime
 
 from sqlalchemy import Connection, insert, select
 
-from service.errors import FieldProblem, InvalidRequest
+from service.errors import FieldProblem, InvalidRequest, TooManyRequests
 from service.jobs import Job, JobSpec, JobState, new_job_id
 from service.store.events import append_events
-from service.store.jobs import get_job, state_changed
+from service.store.jobs import count_jobs, get_job, state_changed
 from service.store.locks import lock_name
+from service.store.principals import hold_quota
 from service.store.schema import idempotency_keys, jobs
 
 _MAX_KEY_LENGTH = 255
@@ -28,7 +29,8 @@ def create_job(
     """A queued job with its first event, or the job that the owner made under the same key before.
 
     Writers with the same key of the same owner wait for each other before they look, so that one of them makes the
-    job. Raises: InvalidRequest as `recall_job` does, or where the job shall come after one that the owner has not.
+    job. Raises: InvalidRequest as `recall_job` does, or where the job shall come after one that the owner has not;
+    TooManyRequests where as many of the owner's jobs wait as may.
     """
     if idempotency_key is not None:
         lock_name(connection, "idempotency_key", owner, idempotency_key)
@@ -36,6 +38,7 @@ def create_job(
         if earlier is not None:
             return earlier, False
     _check_after(connection, spec, owner)
+    _require_room(connection, owner)
     job_id = _insert_job(connection, spec, owner, retry_of, start_checkpoint, now)
     if idempotency_key is not None:
         record = {"owner": owner, "key": idempotency_key, "job_id": job_id, "spec_sha256": _fingerprint(spec)}
@@ -71,6 +74,16 @@ def _check_after(connection: Connection, spec: JobSpec, owner: str) -> None:
     if unknown:
         text = f"{owner} has no job {', '.join(unknown)}; name jobs of the same owner that exist"
         raise InvalidRequest([FieldProblem("/after", "job_unknown", text)])
+
+
+def _require_room(connection: Connection, owner: str) -> None:
+    """Submissions of one owner wait for each other before they count, so that together they keep to the quota."""
+    limit = hold_quota(connection, owner).max_queued_jobs
+    if limit is not None and (waiting := count_jobs(connection, owner, {JobState.QUEUED})) >= limit:
+        raise TooManyRequests(
+            f"{waiting} jobs of {owner} wait, and {limit} may; "
+            "come back when some have started, :cancel some, or ask an admin for a larger quota"
+        )
 
 
 def _insert_job(

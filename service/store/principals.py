@@ -67,6 +67,13 @@ def get_principal(connection: Connection, name: str) -> Principal:
     )
 
 
+def hold_quota(connection: Connection, name: str) -> Quota:
+    """What the principal may hold, which nobody else can change, nor hold, until the transaction ends."""
+    chosen = select(principals).where(principals.c.name == name)
+    row = connection.execute(chosen.with_for_update(key_share=True)).one_or_none()
+    return Quota() if row is None else _quota_of_row(row)
+
+
 def put_principal(connection: Connection, name: str, terms: PrincipalTerms, now: datetime) -> bool:
     """Store the terms; whether the principal is new. Raises Conflict where another writer makes it meanwhile."""
     values = {"role": terms.role, "updated_at": now, **terms.quota.model_dump()}

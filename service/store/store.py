@@ -115,7 +115,8 @@ class JobStore:
     ) -> tuple[Job, bool]:
         """A new queued job and True, or the job that the same owner, key and spec made before and False.
 
-        Raises: InvalidRequest where the owner used the key with another spec, or has not the jobs in ``spec.after``.
+        Raises: InvalidRequest where the owner used the key with another spec, or has not the jobs in ``spec.after``;
+            TooManyRequests where the owner's quota of waiting jobs is reached.
         """
         return self._database.transact(
             lambda connection: births.create_job(
@@ -175,11 +176,6 @@ class JobStore:
         # To parse hundreds of specs is most of what a look at hundreds of jobs would cost.
         self._parsed = {(job.id, job.version): job.spec for job in found}
         return found
-
-    def count_jobs(self, owner: str, states: Collection[JobState]) -> int:
-        """How many of the owner's jobs are in any of ``states``."""
-        with self._database.read() as connection:
-            return jobs.count_jobs(connection, owner, states)
 
     def states_of(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each of these jobs; one that does not exist is absent."""

@@ -256,16 +256,6 @@ def test_many_attempts_are_told_at_once_as_they_are_told_one_by_one(store: JobSt
     assert [found[job.id].last_step for job, _ in started_jobs] == [0, 1, 2]
 
 
-def test_an_owners_jobs_are_counted_by_state(store: JobStore) -> None:
-    for owner in ("mia", "mia", "noa"):
-        store.create(spec(), owner=owner)
-    job, _ = store.create(spec(), owner="mia")
-    store.transition(job, JobState.CANCELLED)
-    assert store.count_jobs("mia", {JobState.QUEUED}) == 2
-    assert store.count_jobs("mia", {JobState.QUEUED, JobState.CANCELLED}) == 3
-    assert store.count_jobs("zoe", {JobState.QUEUED}) == 0
-
-
 def test_checkpoints_that_a_later_attempt_has_dropped_are_not_told(store: JobStore) -> None:
     def saved(number: int) -> CheckpointSaved:
         return CheckpointSaved(step=number, path=f"/step-{number}.pt", size_bytes=1, duration_s=0.1)

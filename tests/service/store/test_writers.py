@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TypeVar
 
-from service.errors import Conflict
+from service.errors import Conflict, TooManyRequests
 from service.jobs import (
     TRANSITIONS,
     IngestBatch,
@@ -16,6 +16,9 @@ from service.jobs import (
     LogLine,
     Phase,
     PhaseChanged,
+    PrincipalTerms,
+    Quota,
+    Role,
     TelemetryEvent,
     attempt_id,
 )
@@ -52,6 +55,29 @@ def test_one_key_makes_one_job_for_each_owner(open_store: OpenStore) -> None:
         assert len({job_id for job_id, _ in own}) == 1
         assert sum(created for _, created in own) == 1
     assert len(stores[0].unfinished()) == 2
+
+
+def test_submissions_at_once_keep_to_the_quota_to_the_last_job(open_store: OpenStore) -> None:
+    stores = [open_store() for _ in range(4)]
+    stores[0].principals.put("anna", PrincipalTerms(role=Role.SUBMITTER, quota=Quota(max_queued_jobs=5)))
+
+    def create(index: int) -> Job | TooManyRequests:
+        try:
+            return stores[index % 4].create(spec(), "first" if index == 0 else None, owner="anna")[0]
+        except TooManyRequests as refused:
+            return refused
+
+    answers = at_once(20, create)
+    assert sum(isinstance(answer, Job) for answer in answers) == 5
+    assert {str(answer) for answer in answers if isinstance(answer, TooManyRequests)} == {
+        "5 jobs of anna wait, and 5 may; come back when some have started, :cancel some, "
+        "or ask an admin for a larger quota"
+    }
+    assert len(stores[0].unfinished()) == 5
+    stores[0].create(spec(), owner="bert")
+    stores[0].start_attempt(next(job for job in stores[0].unfinished() if job.owner == "anna"))
+    created, _ = stores[1].create(spec(), "last", owner="anna")
+    assert stores[2].create(spec(), "last", owner="anna") == (created, False)  # again, though the quota is reached
 
 
 def test_the_same_facts_from_two_sides_are_stored_once(open_store: OpenStore) -> None:
