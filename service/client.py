@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from service.jobs import (
     LogRecord,
     MetricSeries,
     PlannedJob,
+    Topic,
     Webhook,
     WebhookDelivery,
     WebhookOrder,
@@ -173,9 +174,12 @@ class Client:
         """Drift of the running statistics at each measured step, of all layers or one."""
         return [Drift.model_validate(item) for item in self._items(f"{_path(job_id)}/drift", {"layer": layer})]
 
-    def events(self, job_id: str, after: int = 0, limit: int = 500) -> list[JobEvent]:
-        """The job's events after number ``after``."""
-        found = self._items(f"{_path(job_id)}/events", {"after": after, "limit": limit})
+    def events(
+        self, job_id: str, after: int = 0, limit: int = 500, types: Collection[Topic] | None = None
+    ) -> list[JobEvent]:
+        """The job's events after number ``after``, of some types or of all."""
+        wanted = {"after": after, "limit": limit, "types": sorted(types) if types else None}
+        found = self._items(f"{_path(job_id)}/events", wanted)
         return [JobEvent.model_validate(item) for item in found]
 
     def logs(self, job_id: str, after: int = 0, limit: int = 500) -> list[LogRecord]:
@@ -191,15 +195,18 @@ class Client:
             raise _error_of(answer)
         return {str(part): str(status) for part, status in told["parts"].items()}
 
-    def stream(self, job_id: str, after: int = 0, patience_s: float = 60) -> Iterator[tuple[str, dict[str, Any]]]:
+    def stream(
+        self, job_id: str, after: int = 0, patience_s: float = 60, types: Collection[Topic] | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Follow the job until it is over, through lost connections and restarts of the service.
 
-        Yields type and payload: each `JobEvent` after number ``after`` once and in order under its own type,
-        ``progress`` with a `Progress`, and last ``end`` with the `Job`.
+        Yields type and payload: each `JobEvent` after number ``after`` once and in order under its own type, or only
+        those of some ``types``; ``progress`` with a `Progress`; last ``end`` with the `Job`. After ``reset`` all is
+        told again, from its ``next_seq`` on: the service's history is not the one that the reader knew.
 
         Raises: ServiceUnreachable when the service has been away for ``patience_s``; at once if it never answered.
         """
-        for message in self._follow(f"{_path(job_id)}/stream", after, patience_s):
+        for message in self._follow(f"{_path(job_id)}/stream", after, patience_s, types):
             payload = json.loads(message.data)
             yield (payload["type"] if message.event == "event" else message.event), payload
 
@@ -241,13 +248,16 @@ class Client:
         """Tell it nothing any more, not even what waits."""
         self._ask("DELETE", _webhook_path(hook_id))
 
-    def _follow(self, path: str, seen: int, patience_s: float) -> Iterator[httpx2.ServerSentEvent]:
+    def _follow(
+        self, path: str, seen: int, patience_s: float, types: Collection[Topic] | None = None
+    ) -> Iterator[httpx2.ServerSentEvent]:
         """The messages of a stream, those with an id once and in order, ``end`` last."""
+        params = {"types": sorted(types)} if types else {}
         answered, failures = False, 0
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                for message in self._messages(path, seen):
+                for message in self._messages(path, seen, params):
                     answered, failures = True, 0
                     deadline = time.monotonic() + patience_s
                     # A message without an id of its own has that of the one before.
@@ -261,12 +271,12 @@ class Client:
             time.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
             failures += 1
 
-    def _messages(self, path: str, seen: int) -> Iterator[httpx2.ServerSentEvent]:
+    def _messages(self, path: str, seen: int, params: Mapping[str, Sequence[str]]) -> Iterator[httpx2.ServerSentEvent]:
         """The messages of one connection; it may end before ``end`` comes."""
         timeout = httpx2.Timeout(self._timeout_s, read=_SILENCE_S)
         headers = {"Last-Event-ID": str(seen)}
         try:
-            with self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
+            with self._http.stream("GET", path, params=params, headers=headers, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
                     raise _error_of(answer)

@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api import create_app
+from service.api.patience import cut_off_slow_readers
 from service.api.rates import RateLimits
 from service.cluster.head import LocalRayHead
 from service.cluster.job_server import RayJobServer
@@ -67,7 +68,7 @@ def serve(settings: Settings, announce: Callable[[str], None] = lambda url: None
         store = open_store(settings)
         stack.callback(store.close)
         refuse_exposure(settings, keys_made=store.keys.any_made())
-        listener = stack.enter_context(_listen(settings.host, settings.port))
+        listener = stack.enter_context(_listen(settings.host, settings.port, settings.send_timeout_s))
         url = _url_of(listener, "http" if settings.tls_cert is None else "https")
         launcher, head = _connect_cluster(settings)
         if head is not None:
@@ -224,7 +225,7 @@ def _allowed_hosts(settings: Settings) -> tuple[str, ...]:
 
 
 @contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
+def _listen(host: str, port: int, send_timeout_s: float) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named TCP, or asyncio would not set TCP_NODELAY on its connections: each answer would wait 40 ms for an ACK.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
@@ -235,6 +236,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             raise PortTaken(
                 f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port or SYNCBN_PORT"
             ) from None
+        cut_off_slow_readers(listener, send_timeout_s)
         listener.listen(2048)
         yield listener
 

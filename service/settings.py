@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     """Requests of one principal, where keys are asked for."""
     refusal_limit: _Rate = "30/minute"
     """Requests of one address without a right key."""
+    send_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """How long a reader may take nothing of its answer, such as a stream, until its connection ends."""
     data_roots: Annotated[tuple[Path, ...] | None, NoDecode, BeforeValidator(_split)] = None
     """Folders, with colons between, that a job's ``idx:/FOLDER`` may lie in; see ``readable_roots``."""
     secrets_dir: Path | None = None

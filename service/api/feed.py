@@ -13,10 +13,9 @@ from service.errors import NotFound, StoreUnavailable
 from service.jobs import JobEvent
 from service.store import Glance, JobStore
 
-EVENTS_A_LOOK = 200
-
 _LOOK_EVERY_S = 0.25
-_TAIL = 1000
+_EVENTS_A_LOOK = 200
+_TAIL = 200
 """Events of a job kept in memory while someone follows it; a reader that is farther behind asks the store."""
 
 _log = structlog.get_logger("api")
@@ -67,7 +66,7 @@ class Followed:
 class Feed:
     """Looks at all followed jobs four times a second, as long as there is any. Lives in one event loop.
 
-    Cost: one query a look for all jobs together, one more for each job that has new events; memory of at most 1,000
+    Cost: one query a look for all jobs together, one more for each job that has new events; memory of at most 200
     events a job. ``stopping`` wakes all readers, which are expected to leave then.
     """
 
@@ -126,7 +125,7 @@ class Feed:
         """Those after ``seen``, or only the newest where they are more than are kept."""
         seen = max(seen, num_events - _TAIL)
         events: list[JobEvent] = []
-        while seen < num_events and (more := self._store.events(job_id, seen, EVENTS_A_LOOK)):
+        while seen < num_events and (more := self._store.events(job_id, seen, _EVENTS_A_LOOK)):
             events += more
             seen = more[-1].seq
         return events

@@ -5,12 +5,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from service.api.auth import require_role
 from service.api.parts import PartsOf
-from service.api.problems import Answers, answers
+from service.api.problems import PLAIN_TEXT, answers
 from service.jobs import Role, View
 
 router = APIRouter(tags=["health"])
-
-_TEXT: Answers = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 class Readiness(View):
@@ -44,7 +42,7 @@ def readyz(parts: PartsOf, response: Response) -> Readiness:
     summary="Measure the service",
     response_class=Response,
     dependencies=[require_role(Role.READER)],
-    responses=_TEXT | answers(400, 401, 403, 429, 503),
+    responses=PLAIN_TEXT | answers(400, 401, 403, 429, 503),
 )
 def read_metrics(parts: PartsOf) -> Response:
     """Counters and gauges in Prometheus's text format: requests, jobs, telemetry, streams, scheduler, process."""

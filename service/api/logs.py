@@ -1,22 +1,23 @@
 """A job's log over HTTP: read by pages, downloaded whole, or followed line by line as it is written."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Header
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from service.api.items import MAX_COUNT, After, Items, Limit
+from service.api.event_stream import EventStream, message
+from service.api.feed import Followed
+from service.api.following import Records, follow
+from service.api.items import After, Items, LastEventId, Limit
 from service.api.parts import ExistingJob, PartsOf, Store
-from service.api.problems import Answers, answers
+from service.api.problems import PLAIN_TEXT, answers
 from service.jobs import LogRecord
-from service.store import JobStore
+from service.store import Glance, JobStore
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/logs", tags=["telemetry"], responses=answers(400, 401, 404, 410, 422, 503))
 
-_TEXT: Answers = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 _LINES_A_LOOK = 500
 
 
@@ -25,7 +26,7 @@ def _require_kept(job_id: str, store: Store) -> None:
     store.logs(job_id, limit=1)
 
 
-@router.get("", summary="Read logs", response_model=Items[LogRecord], responses=_TEXT)
+@router.get("", summary="Read logs", response_model=Items[LogRecord], responses=PLAIN_TEXT)
 def read_logs(
     job: ExistingJob,
     store: Store,
@@ -45,7 +46,7 @@ def read_logs(
     summary="Download the log",
     response_class=PlainTextResponse,
     dependencies=[Depends(_require_kept)],
-    responses=_TEXT,
+    responses=PLAIN_TEXT,
 )
 def download_logs(job: ExistingJob, store: Store) -> StreamingResponse:
     """The whole log as it is now, as a text file."""
@@ -56,33 +57,38 @@ def download_logs(job: ExistingJob, store: Store) -> StreamingResponse:
 @router.get(
     "/stream",
     summary="Follow the log",
-    response_class=EventSourceResponse,
+    response_class=EventStream,
     dependencies=[Depends(_require_kept)],
 )
 async def follow_logs(
-    job: ExistingJob,
-    parts: PartsOf,
-    after: After = 0,
-    last_event_id: Annotated[int | None, Header(ge=0, le=MAX_COUNT, description="Wins over `after`.")] = None,
-) -> AsyncIterator[ServerSentEvent]:
+    job: ExistingJob, parts: PartsOf, after: After = 0, last_event_id: LastEventId = None
+) -> EventStream:
     """Tell all lines after `after`, then new ones as they come, until the job is over.
 
-    Messages are `log` (a line; its `id` is its `seq`) and `end` (the job, terminal), after which the stream closes.
+    Messages are `log` (a line; its `id` is its `seq`), `end` (the job, terminal), after which the stream closes, and
+    `reset` in the place of the first where `Last-Event-ID` is greater than the newest `seq`.
     """
     seen = after if last_event_id is None else last_event_id
-    async with parts.feed.follow(job.id) as followed:
-        while not parts.stopping.is_set():
-            glance = followed.glance
-            lines = await run_sync(parts.store.logs, job.id, seen, _LINES_A_LOOK) if seen < glance.num_logs else []
-            for line in lines:
-                seen = line.seq
-                yield ServerSentEvent(event="log", id=str(line.seq), data=line)
-            if lines or glance is not followed.glance:
-                continue
-            if glance.state.terminal:
-                yield ServerSentEvent(event="end", data=await run_sync(parts.store.get, job.id))
-                return
-            await followed.wait(None)
+    return EventStream(follow(parts, job.id, seen, _Lines(parts.store, job.id)))
+
+
+class _Lines(Records[LogRecord]):
+    """The lines of the job's log."""
+
+    def __init__(self, store: JobStore, job_id: str) -> None:
+        self._store = store
+        self._job_id = job_id
+
+    def last_seq(self, glance: Glance) -> int:
+        return glance.num_logs
+
+    async def after(self, followed: Followed, seen: int) -> Sequence[LogRecord]:
+        if seen >= followed.glance.num_logs:
+            return ()
+        return await run_sync(self._store.logs, self._job_id, seen, _LINES_A_LOOK)
+
+    def message(self, record: LogRecord) -> bytes:
+        return message("log", record, record.seq)
 
 
 def _all_lines(store: JobStore, job_id: str) -> Iterator[str]:

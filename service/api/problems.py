@@ -54,6 +54,9 @@ class Problem(BaseModel):
 Answers = dict[int | str, dict[str, Any]]
 """Answers of a route by status, for its documentation."""
 
+PLAIN_TEXT: Answers = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+"""The answer of a route that can tell plain text."""
+
 
 def answers(*statuses: int) -> Answers:
     """The error answers of a route."""

@@ -1,14 +1,15 @@
 """What a job has told, over HTTP: metrics, drift, events."""
 
+from collections.abc import Collection
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from service.api.items import MAX_COUNT, After, Items, Limit
+from service.api.items import MAX_COUNT, After, Items, Limit, Types
 from service.api.parts import Store
 from service.api.problems import answers
 from service.errors import NotFound
-from service.jobs import Drift, JobEvent, MetricSeries
+from service.jobs import Drift, JobEvent, MetricSeries, Topic
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["telemetry"], responses=answers(400, 401, 404, 422, 503))
 
@@ -57,6 +58,13 @@ def _only(drift: Drift, layer: str) -> tuple[object, ...]:
 
 
 @router.get("/events", summary="Read events")
-def read_events(job_id: str, store: Store, after: After = 0, limit: Limit = 500) -> Items[JobEvent]:
+def read_events(
+    job_id: str, store: Store, after: After = 0, limit: Limit = 500, types: Types = None
+) -> Items[JobEvent]:
     """What happened to the job, in order. `/stream` tells the same as it happens."""
-    return Items[JobEvent](items=tuple(store.events(job_id, after, limit)))
+    return Items[JobEvent](items=tuple(store.events(job_id, after, limit, _wanted(types))))
+
+
+def _wanted(types: Collection[Topic] | None) -> Collection[Topic] | None:
+    """The types to look for; None for all."""
+    return None if types is None or Topic.EVERYTHING in types else types

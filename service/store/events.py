@@ -1,7 +1,7 @@
 """Events: what happened to a job, numbered per job from 1 without holes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -58,15 +58,30 @@ def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent]) 
         extend_lanes(connection, job_id, owner, numbered)
 
 
-def events_after(connection: Connection, job_id: str, after_seq: int, limit: int) -> list[JobEvent]:
-    """The next events in order."""
+def events_after(
+    connection: Connection,
+    job_id: str,
+    after_seq: int,
+    limit: int,
+    types: Collection[str] | None = None,
+    enough_chars: int | None = None,
+) -> list[JobEvent]:
+    """The next events in order, of some types or of all; no more once their bodies have so many letters together."""
     query = select(events).where(events.c.job_id == job_id, events.c.seq > after_seq).order_by(events.c.seq)
-    return [
-        JobEvent(
-            seq=row.seq, time=row.time, type=row.type, attempt=row.attempt, rank=row.rank, body=json.loads(row.body)
+    if types is not None:
+        query = query.where(events.c.type.in_(types))
+    found: list[JobEvent] = []
+    num_chars = 0
+    for row in connection.execute(query.limit(limit)):
+        found.append(
+            JobEvent(
+                seq=row.seq, time=row.time, type=row.type, attempt=row.attempt, rank=row.rank, body=json.loads(row.body)
+            )
         )
-        for row in connection.execute(query.limit(limit))
-    ]
+        num_chars += len(row.body)
+        if enough_chars is not None and num_chars >= enough_chars:
+            break
+    return found
 
 
 def bodies_of_type(connection: Connection, job_id: str, event_type: str) -> list[tuple[int, str]]:

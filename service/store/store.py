@@ -365,11 +365,22 @@ class JobStore:
 
     # What was told
 
-    def events(self, job_id: str, after_seq: int = 0, limit: int = 500) -> list[JobEvent]:
-        """The job's events after number ``after_seq``."""
+    def events(
+        self,
+        job_id: str,
+        after_seq: int = 0,
+        limit: int = 500,
+        types: Collection[str] | None = None,
+        *,
+        enough_chars: int | None = None,
+    ) -> list[JobEvent]:
+        """The job's events after number ``after_seq``, of some types or of all.
+
+        No more follow once their bodies have ``enough_chars`` letters together: a drift of many layers is large.
+        """
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
-            return events.events_after(connection, job_id, after_seq, limit)
+            return events.events_after(connection, job_id, after_seq, limit, types, enough_chars)
 
     def logs(self, job_id: str, after_seq: int = 0, limit: int = 500) -> list[LogRecord]:
         """The job's log lines after number ``after_seq``."""

@@ -10,7 +10,7 @@ import pytest
 
 from service.client import Client, ServiceUnreachable
 from service.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, ServiceError, Unauthorized
-from service.jobs import Job, JobState, LogLine, Progress
+from service.jobs import Job, JobState, LogLine, Progress, Topic
 from service.store import JobStore
 from tests.service.api.house import House
 from tests.service.api.live import listening
@@ -168,6 +168,20 @@ def test_a_stream_goes_on_over_a_restart_of_the_service_without_telling_twice(ho
                 house.store.transition(job, JobState.FAILED)
                 told += [payload["seq"] for kind, payload in messages if kind == "state_changed"]
     assert told == [2, 3, 4, 5]
+
+
+def test_some_types_of_events_are_read_and_a_history_that_is_no_more_is_told_anew(client: Client, house: House) -> None:
+    job, _ = house.running_job(started(), evaluation(1))
+    house.store.transition(job, JobState.SUCCEEDED)
+    types = [Topic.EVALUATION, Topic.RANK_STARTED]
+    assert [event.seq for event in client.events(job.id, types=types)] == [4, 5]
+    told = [(kind, payload.get("seq")) for kind, payload in client.stream(job.id, after=9, types=types)]
+    assert [one for one in told if one[0] != "progress"] == [
+        ("reset", None),
+        ("rank_started", 4),
+        ("evaluation", 5),
+        ("end", None),
+    ]
 
 
 def test_a_log_is_followed_to_the_end_of_its_job(client: Client, house: House) -> None:

@@ -9,13 +9,16 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.patience import cut_off_slow_readers
+
 
 @contextmanager
-def listening(app: FastAPI, port: int = 0) -> Iterator[str]:
+def listening(app: FastAPI, port: int = 0, send_timeout_s: float = 30) -> Iterator[str]:
     """Serve ``app`` on a loopback port; yields its URL and leaves no thread behind."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
+        cut_off_slow_readers(listener, send_timeout_s)
         listener.listen(128)
         config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)

@@ -10,10 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from service.jobs import JobState
+from service.jobs import JobState, LogLine, Topic
 from tests.service.api.house import House
 from tests.service.api.live import listening
-from tests.service.store.telling import spec, started, step
+from tests.service.store.telling import drift, evaluation, spec, started, step
 
 
 @contextmanager
@@ -128,6 +128,54 @@ def test_a_reader_that_leaves_does_not_keep_the_service(house: House) -> None:
                 next(messages)
         before = time.monotonic()
     assert time.monotonic() - before < 5
+
+
+def test_a_reader_may_ask_for_some_types_of_events_alone(house: House) -> None:
+    job, token = house.running_job(started(), *[evaluation(n) for n in range(1, 4)], drift(3, bn=0.1))
+    path = f"/v1/jobs/{job.id}"
+    wanted = "types=evaluation&types=rank_started"
+    with listening(house.app()) as url, following(f"{url}{path}/stream?{wanted}&after=4") as messages:
+        told = [next(messages) for _ in range(3)]
+        assert [message.id for message in told if message.event == "event"] == ["5", "6", "7"]
+        house.tell(job, token, drift(4, bn=0.1), evaluation(4), first_seq=5)
+        house.store.transition(house.store.get(job.id), JobState.FAILED)
+        rest = [message for message in messages if message.event != "progress"]
+        assert [(message.event, message.id) for message in rest] == [("event", "10"), ("end", "10")]
+    with house.client() as client:
+        for query, seqs in (
+            (wanted, [4, 5, 6, 7, 10]),
+            (f"{wanted}&limit=2&after=4", [5, 6]),
+            ("types=*&after=9", [10, 11]),
+        ):
+            assert [event["seq"] for event in client.get(f"{path}/events?{query}").json()["items"]] == seqs
+        for route in ("events", "stream"):
+            refused = client.get(f"{path}/{route}?types=evaluation&types=evaluations")
+            assert (refused.status_code, refused.headers["content-type"]) == (422, "application/problem+json")
+            (problem,) = refused.json()["errors"]
+            assert problem["pointer"] == "/types/1"
+            assert all(f"'{topic}'" in problem["message"] for topic in Topic)
+
+
+def test_a_reader_from_a_history_that_is_no_more_is_told_where_it_begins_anew(house: House) -> None:
+    job, token = house.running_job(started(), LogLine(text="first"))
+    path = f"/v1/jobs/{job.id}"
+    with listening(house.app()) as url:
+        with following(f"{url}{path}/stream", **{"Last-Event-ID": "9"}) as messages:
+            reset, *events = [next(messages) for _ in range(5)]
+            assert (reset.event, reset.id) == ("reset", "0")
+            assert json.loads(reset.data) == {"asked_seq": 9, "last_seq": 4, "next_seq": 1}
+            assert [message.id for message in events] == ["1", "2", "3", "4"]
+            # The feed looks only now and then: what another route has told already is no unknown place.
+            house.tell(job, token, started(), first_seq=2)
+            with following(f"{url}{path}/stream", **{"Last-Event-ID": "5"}) as others:
+                house.store.transition(house.store.get(job.id), JobState.FAILED)
+                assert [(message.event, message.id) for message in others if message.event != "progress"] == [
+                    ("event", "6"),
+                    ("end", "6"),
+                ]
+        with following(f"{url}{path}/logs/stream", **{"Last-Event-ID": "2"}) as lines:
+            told = list(lines)
+    assert [(line.event, line.id) for line in told] == [("reset", "0"), ("log", "1"), ("end", "1")]
 
 
 @pytest.mark.parametrize("last", ["x", "-1"])
