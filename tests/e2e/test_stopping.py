@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from service.client import Client
+from service.errors import InvalidRequest
 from service.jobs import Job, JobSpec, JobState, Reason, StepMetrics
 from service.training.loop import RankContext, train
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
@@ -97,6 +98,27 @@ def test_a_paused_job_goes_on_with_fewer_workers_and_the_same_losses(
     # Roundings grow over hundreds of steps; a step of other images would be off by far more.
     assert series.values[saved : saved + 10] == pytest.approx(expected[saved:], rel=1e-6)
     wait_until_ended(client, job.id)
+
+
+def test_a_retry_from_a_chosen_checkpoint_has_the_losses_of_the_first_time(client: Client) -> None:
+    first = client.submit(small_spec("again", max_steps=90, cadence={"checkpoint_every_steps": 30}))
+    assert wait_until_ended(client, first.id).state is JobState.SUCCEEDED
+    with pytest.raises(InvalidRequest, match="there are those of steps 60, 90"):
+        client.retry(first.id, 30)
+    second = client.retry(first.id, 60)
+    assert (second.retry_of, second.state) == (first.id, JobState.QUEUED)
+    assert Path(second.start_checkpoint or "").name == "step-00000060.pt"
+    assert wait_until_ended(client, second.id).state is JobState.SUCCEEDED
+    events = client.events(second.id)
+    assert [e.body["resumed_step"] for e in events if e.type == "rank_started"] == [60, 60]
+    (certificate,) = [e.body for e in events if e.type == "resume_certificate"]
+    assert certificate["exact"]
+    for rank in (0, 1):
+        before, after = (client.metric(job.id, "train/loss", rank=rank, max_points=5000) for job in (first, second))
+        assert after.steps == tuple(range(61, 91))
+        assert after.values == before.values[60:]  # bit for bit
+    evaluations = [[e for e in client.report(job.id).evaluations if e.step == 90] for job in (first, second)]
+    assert evaluations[0] == evaluations[1]
 
 
 def test_a_cancel_that_cannot_save_is_forced_long_before_its_grace_ends(
