@@ -1,0 +1,54 @@
+"""Channels that carry nothing, or too much, by what one training step shows of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from syncbn.drift.sampling import ImageMoments
+
+COLLAPSED_SHARE = 1e-6
+COLLAPSED_EPS = 10.0
+MUTED_WEIGHT = 1e-3
+DEAD_SHARE = 1e-3
+EXPLODING_FACTOR = 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStates:
+    """Which channels are in which state; boolean, ``(C,)`` each.
+
+    ``exploding``: not finite, or their root mean square is beyond a thousand times what it once was.
+    ``collapsed``: the variance is below a millionth of the layer's median, or ten times its ``eps``, so that the
+        layer puts out hardly anything but its bias.
+    ``muted``: the weight is below a thousandth.
+    ``dead``: none of the above, and at most one output in a thousand is above zero: a ReLU behind it would pass
+        nothing on. The layer does not know what is behind it; in front of anything else this need not be a fault.
+    """
+
+    dead: Tensor
+    collapsed: Tensor
+    exploding: Tensor
+    muted: Tensor
+
+
+def channel_states(
+    moments: ImageMoments, weight_size: Tensor, num_positive: Tensor, eps: float, once: Tensor | None
+) -> ChannelStates:
+    """The states of a layer fed ``moments``, whose root mean square was ``once`` (None: not known); all ``(C,)``."""
+    var, size = moments.var, root_mean_square(moments)
+    exploding = ~size.isfinite()
+    if once is not None:
+        exploding = exploding | (size > EXPLODING_FACTOR * once.clamp(min=eps**0.5))
+    median = var[var.isfinite()].median() if bool(var.isfinite().any()) else var.new_zeros(())
+    collapsed = ~exploding & ((var < COLLAPSED_SHARE * median) | (var < COLLAPSED_EPS * eps))
+    muted = ~exploding & ~collapsed & (weight_size < MUTED_WEIGHT)
+    dead = ~(exploding | collapsed | muted) & (num_positive <= DEAD_SHARE * moments.num_values)
+    return ChannelStates(dead, collapsed, exploding, muted)
+
+
+def root_mean_square(moments: ImageMoments) -> Tensor:
+    """Of the values, ``(C,)``."""
+    return torch.sqrt(moments.var + moments.mean.square())
