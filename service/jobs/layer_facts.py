@@ -28,7 +28,7 @@ class LayerDrift(Telemetry):
     max_abs_z: float | None = None
     """Of the running mean against the population's, in standard errors of what sampling alone leaves between them."""
     z_threshold: float | None = None
-    """What the largest of as many such numbers passes by chance in one of a hundred samples."""
+    """What the largest such number of all layers' channels passes by chance in one of a hundred samples."""
     expected_mean_shift: float | None = None
     """The ``rms_mean_shift`` that sampling alone leaves."""
     initial_weight: float | None = None
@@ -193,7 +193,8 @@ class StatisticsCertificate(Telemetry):
 
     ``recomputed`` says that the checkpoint also holds population statistics, by ``estimator`` from ``num_images``.
     ``initial_weight`` is how much of the stored ones is still their initial value, ``lag_steps`` how far a moving
-    average trails moving weights. The damage is that of the last evaluation, at ``evaluated_step``.
+    average trails moving weights. What was measured of drift is of ``measured_step``, the damage of ``evaluated_step``,
+    the last evaluation's.
     """
 
     estimator: str
@@ -204,6 +205,7 @@ class StatisticsCertificate(Telemetry):
     initial_weight: float
     lag_steps: float
     num_batches: int
+    measured_step: int | None = None
     evaluated_step: int | None = None
     loss_damage: float | None = None
     loss_damage_interval: Interval | None = None

@@ -5,19 +5,21 @@ The two judgements are paired image by image, so that their difference carries a
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.jobs import Drift, Evaluation, LayerDrift
+from service.jobs import Drift, Evaluation
 from service.training.comparison import BestEvaluation, compare
 from service.training.context import RankContext
 from service.training.dataset import Dataset
+from service.training.layer_drift import layer_drifts
+from service.training.population import Population, measure_population
 from service.training.sampler import permutation
-from syncbn import BatchMoments, measure_drift, population_statistics, rank_disagreement, using_statistics
+from syncbn import rank_disagreement, using_statistics
 
 NUM_POPULATION_IMAGES = 1000
 """Enough for population statistics, as Wu and Johnson 2021 found: a thousand to ten thousand."""
@@ -40,23 +42,23 @@ class Examiner:
 
     Each rank holds its share of the validation images and of the training images that stand for the population:
     the same ones every time, in the same batches however many ranks there are. ``autocast`` makes the context that
-    every forward pass runs in. ``best`` is what rank 0 remembers of its evaluations.
+    every forward pass runs in. ``num_images_per_statistic`` share one batch statistic in training. ``best`` is what
+    rank 0 remembers of its evaluations.
     """
 
     context: RankContext
     autocast: Callable[[], AbstractContextManager[object]]
     validation_images: ImageShare
     population_images: ImageShare
+    num_images_per_statistic: int
     best: BestEvaluation = field(default_factory=BestEvaluation)
 
-    def population(self, model: nn.Module) -> dict[str, BatchMoments]:
-        """Population statistics of every BatchNorm layer. One exchange; live buffers stay as they are."""
+    def population(self, model: nn.Module) -> Population:
+        """What stands for the population, for the weights as they are. Two exchanges; live buffers stay as they are."""
         with self.autocast():
-            return population_statistics(model, self.population_images.batches)
+            return measure_population(model, self.population_images.batches)
 
-    def evaluate(
-        self, model: nn.Module, population: dict[str, BatchMoments], step: int, epoch: int
-    ) -> Evaluation | None:
+    def evaluate(self, model: nn.Module, population: Population, step: int, epoch: int) -> Evaluation | None:
         """Scores with rank 0's stored statistics, which a checkpoint ships, and with ``population``'s.
 
         Two passes over this rank's validation images and one over its population images, in evaluation mode, and two
@@ -66,7 +68,7 @@ class Examiner:
         with evaluation_mode(model):
             with _buffers_of_rank_zero(model, self.context):
                 stored = self._judge(model, self.validation_images)
-            with using_statistics(model, population):
+            with using_statistics(model, population.moments):
                 precise = self._judge(model, self.validation_images)
                 train = self._judge(model, self.population_images)
         scores = self._brought_to_rank_zero(torch.cat([stored, precise]), self.validation_images)
@@ -75,13 +77,10 @@ class Examiner:
             return None
         return compare(scores[:2], scores[2:], trains, self.best, step, epoch)
 
-    def drift(self, model: nn.Module, population: dict[str, BatchMoments], step: int) -> Drift:
+    def drift(self, model: nn.Module, population: Population, step: int, *, has_no_start: bool = False) -> Drift:
         """Stored statistics against ``population``, and the ranks' against each other. One exchange."""
         disagreement = rank_disagreement(model)
-        layers = tuple(
-            LayerDrift(**asdict(drift), rank_disagreement=disagreement[drift.layer])
-            for drift in measure_drift(model, population)
-        )
+        layers = layer_drifts(model, population, disagreement, self.num_images_per_statistic, has_no_start=has_no_start)
         return Drift(step=step, num_population_images=self.population_images.num_images, layers=layers)
 
     def _judge(self, model: nn.Module, share: ImageShare) -> Tensor:
@@ -114,7 +113,10 @@ class Examiner:
 
 
 def make_examiner(
-    dataset: Dataset, context: RankContext, autocast: Callable[[], AbstractContextManager[object]]
+    dataset: Dataset,
+    context: RankContext,
+    autocast: Callable[[], AbstractContextManager[object]],
+    num_images_per_statistic: int,
 ) -> Examiner:
     """The examiner of one rank: validation images in equal slices, population batches dealt out in turn."""
     return Examiner(
@@ -122,6 +124,7 @@ def make_examiner(
         autocast=autocast,
         validation_images=_slice_of_validation(dataset, context),
         population_images=_share_of_population(dataset, context),
+        num_images_per_statistic=num_images_per_statistic,
     )
 
 

@@ -11,7 +11,7 @@ from service.training.evaluation import evaluation_mode
 from syncbn.freezing import is_frozen
 from syncbn.layers import tracked_layers
 
-NUM_PROBE_IMAGES = 8
+NUM_PROBE_IMAGES = 4
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 """Of a layer's largest output: a thousand times and more what other kernels for other batch sizes change."""
 
@@ -19,7 +19,7 @@ _State = dict[str, list[Tensor]]
 
 
 class ModeWatch:
-    """Watches one run's ``model`` for layers in the wrong mode. ``images`` ``(N, C, H, W)`` are its probe; it takes two.
+    """Watches one run's ``model`` for layers in the wrong mode, with ``images`` ``(N, C, H, W)`` as its probe.
 
     Each look yields at most one fault of a kind, for the first layer in question.
     """
@@ -69,7 +69,7 @@ class ModeWatch:
     def in_evaluation(self, step: int) -> Iterator[ModeFault]:
         """An image among others must be judged as it is among copies of itself.
 
-        Two forward passes of at most 8 images in evaluation mode; statistics that they move are put back. A layer at
+        Two forward passes of at most 4 images in evaluation mode; statistics that they move are put back. A layer at
         fault may meet other ranks, so all must call.
         """
         if len(self._images) < 2:

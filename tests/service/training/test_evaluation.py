@@ -49,7 +49,7 @@ def _examine_twice(
     dataset: Dataset, model: nn.Module, context: RankContext
 ) -> tuple[Evaluation | None, Evaluation | None, Drift]:
     """As it is, and with one weight changed."""
-    examiner = make_examiner(dataset, context, nullcontext)
+    examiner = make_examiner(dataset, context, nullcontext, 8)
     population = examiner.population(model)
     first, drift = examiner.evaluate(model, population, step=5, epoch=2), examiner.drift(model, population, step=5)
     with torch.no_grad():
@@ -196,8 +196,8 @@ def test_a_rank_without_images_still_joins_the_exchange() -> None:
 @pytest.mark.parametrize(("num_train", "expected"), [(2000, 1000), (372, 372), (1, 1)])
 def test_the_population_is_the_same_however_many_ranks_there_are(num_train: int, expected: int) -> None:
     dataset = _dataset(num_train)
-    alone = make_examiner(dataset, _context(), nullcontext).population_images
-    shares = [make_examiner(dataset, _context(rank, 3), nullcontext).population_images for rank in range(3)]
+    alone = make_examiner(dataset, _context(), nullcontext, 8).population_images
+    shares = [make_examiner(dataset, _context(rank, 3), nullcontext, 8).population_images for rank in range(3)]
     together = [images for share in shares for images, _ in share.batches]
     assert {share.num_images for share in (alone, *shares)} == {expected} == {len(torch.cat(together))}
     assert all(sum(len(images) for images, _ in share.batches) <= share.most_images for share in shares)
