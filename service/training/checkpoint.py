@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is two files: ``step-00000120.pt``, a plain torch file that anyone can load, and
-``step-00000120.json``, its manifest with size, SHA-256 and the model's proof, which is written last. Each file is
+``step-00000120.json``, its manifest with size, SHA-256, the model's proof and what is known of its running statistics,
+which is written last. Each file is
 written under another name in the same folder, flushed to the disk and renamed. A checkpoint counts only if its
 manifest is there and agrees, so a write that was cut off, a full disk and a flipped bit all look the same: not a
 checkpoint.
@@ -11,9 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.jobs import JobSpec
+from service.jobs import JobSpec, StatisticsCertificate
 from service.training.certificate import Proof
+from service.training.durable import write_atomically
 
 NUM_KEPT = 2
 """How many checkpoints a folder keeps: the newest, and one to fall back on."""
@@ -40,6 +39,7 @@ _NOT_OF_THE_NUMBERS = {
     "stop_when",
     "drift_limits",
 }
+_IN_THE_MANIFEST = {"proof", "statistics"}
 _TOLD_BY_THEIR_PRODUCT = {"num_workers", "batch_size_per_worker"}
 
 
@@ -50,7 +50,11 @@ class Checkpoint:
     ``model`` holds parameters and running statistics under torch's keys; ``rng_states`` is uint8
     ``(world_size, S)``, see `service.training.rng`. Step is also the position in the data and in the schedule.
     ``requests_met`` is how many requests for a checkpoint were known when this one was made, and so met by it.
-    ``proof`` is what the model was known by; it lies in the manifest, and checkpoints of old have none.
+    ``proof`` is what the model was known by, ``statistics`` what is known of its running statistics; both lie in the
+    manifest, and checkpoints of old have none. ``population_statistics`` are the mean and the unbiased variance of the
+    population by layer path, as ``{"mean": (C,), "unbiased_var": (C,)}``, where the job asked for them; the run goes
+    on with those in ``model``. ``has_no_start`` says that those were once replaced by the population's, so that
+    nothing of what they began with is left.
     """
 
     step: int
@@ -60,6 +64,9 @@ class Checkpoint:
     rng_states: Tensor
     requests_met: int = 0
     proof: Proof | None = None
+    statistics: StatisticsCertificate | None = None
+    population_statistics: dict[str, dict[str, Tensor]] | None = None
+    has_no_start: bool = False
 
     @property
     def num_workers(self) -> int:
@@ -105,7 +112,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     buffer = io.BytesIO()
-    torch.save({name: value for name, value in vars(checkpoint).items() if name != "proof"}, buffer)
+    torch.save({name: value for name, value in vars(checkpoint).items() if name not in _IN_THE_MANIFEST}, buffer)
     content = buffer.getbuffer()
     path = checkpoint_path(folder, checkpoint.step)
     manifest = {
@@ -116,9 +123,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "fingerprint": checkpoint.fingerprint,
         "torch_version": torch.__version__,
         "proof": _proof_to_json(checkpoint.proof),
+        "statistics": checkpoint.statistics and checkpoint.statistics.model_dump(mode="json"),
     }
-    _write_atomically(path, content)
-    _write_atomically(_manifest_path(path), json.dumps(manifest, indent=1).encode())
+    write_atomically(path, content)
+    write_atomically(_manifest_path(path), json.dumps(manifest, indent=1).encode())
     _remove_others(folder, checkpoint.step)
     return path
 
@@ -131,6 +139,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads(_manifest_path(path).read_bytes())
         size, digest, proof = manifest["size_bytes"], manifest["sha256"], _proof_of_json(manifest.get("proof"))
+        statistics = _statistics_of_json(manifest.get("statistics"))
         content = path.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnusableCheckpoint(f"{path.name}: cannot be read ({type(error).__name__}: {error})") from error
@@ -138,7 +147,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UnusableCheckpoint(f"{path.name}: {len(content)} bytes where its manifest says {size}; it was cut off")
     if hashlib.sha256(content).hexdigest() != digest:
         raise UnusableCheckpoint(f"{path.name}: its SHA-256 is not the manifest's; it was changed after it was written")
-    return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), proof=proof)
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return Checkpoint(**loaded, proof=proof, statistics=statistics)
 
 
 def latest_checkpoint(folder: Path, told_step: int | None = None) -> LatestCheckpoint:
@@ -172,6 +182,10 @@ def _proof_of_json(fields: dict[str, Any] | None) -> Proof | None:
     return Proof(**(fields | {"probe_loss": float(fields["probe_loss"])})) if fields else None
 
 
+def _statistics_of_json(fields: dict[str, Any] | None) -> StatisticsCertificate | None:
+    return StatisticsCertificate.model_validate(fields) if fields else None
+
+
 def _newest_first(folder: Path) -> list[Path]:
     # Manifests count too: one whose other half has vanished should be told, not passed over.
     paths = {path.with_suffix(".pt") for kind in ("pt", "json") for path in folder.glob(f"step-*.{kind}")}
@@ -184,34 +198,6 @@ def _step_of(path: Path) -> int:
 
 def _manifest_path(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _write_atomically(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    with _removed_on_failure(temporary), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
-@contextmanager
-def _removed_on_failure(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is on the disk only once the folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:

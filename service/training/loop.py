@@ -16,8 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from service.jobs import (
     CheckpointSaved,
-    Drift,
-    Evaluation,
     JobSpec,
     LogLine,
     Normalization,
@@ -35,7 +33,8 @@ from service.training.certificate import Prover, altered_parts, certify, make_pr
 from service.training.checkpoint import Checkpoint, CheckpointFailed, fingerprint, write_checkpoint
 from service.training.context import RankContext
 from service.training.dataset import load_dataset
-from service.training.evaluation import Examiner, make_examiner
+from service.training.evaluation import make_examiner
+from service.training.inspection import Inspector
 from service.training.meeting import Meetings, said_by_rank_zero
 from service.training.models import build_model
 from service.training.non_finite import first_non_finite
@@ -84,7 +83,7 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
     model = _normalized(model, spec.normalization).to(context.device, dtype)
     optimizer = _make_optimizer(spec, model)
     autocast = _autocast(spec.precision, context.device)
-    examiner = make_examiner(dataset, context, autocast)
+    examiner = make_examiner(dataset, context, autocast, spec.normalization_batch_size)
     prover = make_prover(dataset, context.world_size, autocast)
 
     run = fingerprint(spec)
@@ -121,6 +120,13 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
             yield from _certify(found.checkpoint, prover, model, spec)
         yield PhaseChanged(phase=Phase.TRAINING)
 
+    inspector = Inspector(
+        spec,
+        model,
+        examiner,
+        dataset.validation_images,
+        has_no_start=found.checkpoint is not None and found.checkpoint.has_no_start,
+    )
     meetings = Meetings(context, orders, last_step=first_step - 1)
     was_finite = True
     for step in range(first_step, total_steps + 1):
@@ -153,10 +159,11 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
         owes_checkpoint = asked.stop or asked.checkpoint_requests > requests_met
         saves = owes_checkpoint or is_due(spec.cadence.checkpoint_every_steps)
         if evaluates or measures_drift:
-            yield from _look(examiner, model, step, sampler.epoch(step), evaluates, measures_drift)
+            yield from inspector.look(step, sampler.epoch(step), evaluates=evaluates, measures_drift=measures_drift)
         if saves:
             requests_met = max(requests_met, asked.checkpoint_requests)
             rng_states = gather_rng_states(context)
+            statistics, population_statistics = inspector.certify(step)
             if context.leads:
                 checkpoint = Checkpoint(
                     step=step,
@@ -166,6 +173,9 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
                     rng_states=rng_states,
                     requests_met=requests_met,
                     proof=prover.prove(model),
+                    statistics=statistics,
+                    population_statistics=population_statistics,
+                    has_no_start=inspector.has_no_start,
                 )
                 yield from _save(checkpoint, context, is_needed=asked.stop or step == total_steps)
         if asked.stop:
@@ -229,39 +239,6 @@ def _is_due(step: int, total_steps: int, steps_per_epoch: int, every_steps: int 
     return step == total_steps or step % (every_steps or steps_per_epoch) == 0
 
 
-def _look(
-    examiner: Examiner, model: nn.Module, step: int, epoch: int, evaluates: bool, measures_drift: bool
-) -> Iterator[TelemetryEvent]:
-    """Judge the model. All ranks take part, whatever they have to tell: who stays away makes the others wait."""
-    leads = examiner.context.leads
-    if leads:
-        yield PhaseChanged(phase=Phase.VALIDATING)
-    population = examiner.population(model)
-    evaluation = examiner.evaluate(model, population, step, epoch) if evaluates else None
-    drift = examiner.drift(model, population, step) if measures_drift else None
-    if not leads:
-        return
-    if evaluation:
-        yield evaluation
-    if drift:
-        yield drift
-    yield LogLine(text=_sentence(step, evaluation, drift))
-
-
-def _sentence(step: int, evaluation: Evaluation | None, drift: Drift | None) -> str:
-    parts = []
-    if evaluation:
-        stored, population = evaluation.stored, evaluation.population
-        parts.append(
-            f"validation loss {stored.loss:.4g}, accuracy {stored.accuracy:.2%}; "
-            f"with population statistics {population.loss:.4g}, {population.accuracy:.2%}"
-        )
-    if drift and drift.layers:
-        worst = max(drift.layers, key=lambda layer: layer.rms_mean_shift)
-        parts.append(f"worst mean shift {worst.rms_mean_shift:.3g} sigma in layer {worst.layer}")
-    return f"step {step}: " + "; ".join(parts)
-
-
 def _certify(checkpoint: Checkpoint, prover: Prover, model: nn.Module, spec: JobSpec) -> Iterator[TelemetryEvent]:
     """Tell whether the restored model is the one that was saved, and what else is not as it was. Rank 0 alone."""
     if checkpoint.num_workers != spec.num_workers and spec.normalization is Normalization.LOCAL:
@@ -303,4 +280,5 @@ def _save(checkpoint: Checkpoint, context: RankContext, is_needed: bool) -> Iter
         path=str(path),
         size_bytes=path.stat().st_size,
         duration_s=time.perf_counter() - began,
+        statistics=checkpoint.statistics,
     )

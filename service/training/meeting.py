@@ -63,3 +63,12 @@ def said_by_rank_zero(numbers: Sequence[int], context: RankContext) -> list[int]
     dist.broadcast(said, src=0)
     agreed: list[int] = said.tolist()
     return agreed
+
+
+def highest_over_ranks(number: int, context: RankContext) -> int:
+    """The highest of the ranks' numbers, on every rank. One exchange of one integer; all must call."""
+    if context.world_size == 1:
+        return number
+    highest = torch.tensor([number], dtype=torch.int64, device=context.device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return int(highest.item())
