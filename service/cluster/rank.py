@@ -14,6 +14,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # p
 from service.cluster.failures import RankFailure, failure_of
 from service.cluster.outbox import Record
 from service.cluster.rank_actor import Drained
+from service.cluster.retelling import retelling
 from service.jobs import LaunchRequest, LogLine, StoppedEarly
 from service.training.context import RankContext
 from service.training.loop import train
@@ -96,7 +97,7 @@ class Rank:
         store = self._store or TCPStore(host, port, is_master=False, timeout=self._rendezvous_timeout)
         join(self._rank, spec.num_workers, store, context.device, spec.timeouts.collective_s)
         try:
-            for event in train(spec, context, lambda: self._orders):
+            for event in retelling(train(spec, context, lambda: self._orders), context):
                 if isinstance(event, StoppedEarly):
                     self._stopped_step = event.step
                 record = Record(time.time(), event.model_dump_json())

@@ -290,7 +290,7 @@ class Scheduler:
             spec=job.spec,
             ingest_url=self._ingest_url,
             storage=str(self._storage / job.id),
-            told_step=self._store.told_step(job.id),
+            told_step=self._told_step(job),
             start_checkpoint=job.start_checkpoint,
         )
         _log.info("launching", job=job.id, attempt=job.attempt, workers=job.spec.num_workers)
@@ -301,6 +301,11 @@ class Scheduler:
             waits_s = self._refusals.note(job.id, time.monotonic())
             detail = f"{error}; asked again in {waits_s:g} s"
             self._transition(job, Decision(JobState.RECOVERING, Reason.CLUSTER_UNREACHABLE, detail))
+
+    def _told_step(self, job: Job) -> int | None:
+        told = self._store.told_step(job.id)
+        # An earlier attempt may have trained and told nothing at all.
+        return 0 if told is None and job.attempt > 1 else told
 
     def _transition(self, job: Job, decision: Decision, output: str = "") -> None:
         assert decision.to is not None

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import json
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,7 +14,7 @@ from service.jobs import RUNNER, Attempt, AttemptEnded, Job, JobState, Phase, jo
 from service.store.jobs import change_state
 from service.store.leases import Lease
 from service.store.logs import NewLine, append_lines
-from service.store.schema import attempts, ranks
+from service.store.schema import attempts, events, ranks
 
 _PAIRS_AT_ONCE = 500
 """A statement takes a bounded number of values on every database."""
@@ -94,10 +95,23 @@ def get_attempts(connection: Connection, wanted: Sequence[tuple[str, int]]) -> d
 
 
 def told_step(connection: Connection, job_id: str) -> int | None:
-    """How far every rank that began has told its steps, in the newest attempt that any began in; None before that."""
+    """How far every rank has told its steps, in the newest attempt in which all began; None before that.
+
+    An attempt of which only some ranks have told their beginning has not told what the others shall tell before it.
+    """
     begun = (ranks.c.job_id == job_id, ranks.c.rank >= 0, ranks.c.started)
-    query = select(func.min(ranks.c.last_step)).where(*begun).group_by(ranks.c.attempt)
-    return connection.execute(query.order_by(ranks.c.attempt.desc()).limit(1)).scalar()
+    reached = select(ranks.c.attempt, func.count(), func.min(ranks.c.last_step)).where(*begun).group_by(ranks.c.attempt)
+    for number, num_started, last_step in connection.execute(reached.order_by(ranks.c.attempt.desc())).all():
+        if num_started >= _world_size(connection, job_id, number):
+            return int(last_step)
+    return None
+
+
+def _world_size(connection: Connection, job_id: str, number: int) -> int:
+    """How many ranks the attempt has, of which at least one has told that it began."""
+    chosen = (events.c.job_id == job_id, events.c.type == "rank_started", events.c.attempt == number)
+    body = connection.execute(select(events.c.body).where(*chosen).order_by(events.c.seq).limit(1)).scalar_one()
+    return int(json.loads(body)["world_size"])
 
 
 def keep_output(connection: Connection, job: Job, output: str, now: datetime) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from itertools import pairwise
 
 import psutil
 import pytest
@@ -84,7 +83,4 @@ def test_a_job_outlives_a_frozen_rank_a_killed_runner_and_a_killed_head(
     assert all(resumed[attempt] > 0 for attempt in (2, 3, 4))
     for rank in (0, 1):
         steps = all_steps(client, job_id, rank)
-        assert steps[0] == 1
-        gaps = [(before, after) for before, after in pairwise(steps) if after != before + 1]
-        # Where even the older checkpoint is beyond what a lost process had told, nobody repeats those steps.
-        assert all(before < after and after - 1 in resumed.values() for before, after in gaps), gaps
+        assert steps == list(range(1, len(steps) + 1))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.jobs import AttemptEnded, Outcome, Reason
-from service.scheduler import LaunchState
+from service.jobs import AttemptEnded, JobSpec, Outcome, Reason
+from service.scheduler import LaunchState, Scheduler
 from service.store import JobStore
 from service.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from tests.service.scheduler.test_scheduler import Cluster, run, scheduler
-from tests.service.store.telling import step
+from tests.service.store.telling import started, step
 
 
 @pytest.fixture
@@ -35,6 +35,29 @@ def test_a_new_attempt_is_told_how_far_every_rank_had_told(store: JobStore, tmp_
     for _ in range(2):
         ticker.tick()
     assert [(request.attempt, request.told_step) for request in cluster.launched] == [(1, None), (2, 5), (3, 5)]
+
+
+def look_until_launched(ticker: Scheduler, cluster: Cluster, number: int) -> None:
+    for _ in range(10):
+        if len(cluster.launched) == number:
+            return
+        ticker.tick()
+    raise AssertionError(f"attempt {number} was not launched")
+
+
+def test_an_attempt_of_which_only_one_rank_began_has_told_nothing(store: JobStore, tmp_path: Path) -> None:
+    cluster = Cluster(store)
+    ticker = scheduler(store, cluster, tmp_path)
+    job = store.create(JobSpec(name="t", epochs=1, num_workers=2))[0]
+    lost = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.WORKER_LOST, detail="rank 1 died")
+    for number, begin in enumerate(([0], [0, 1], [1]), start=1):
+        look_until_launched(ticker, cluster, number)
+        for rank in begin:
+            cluster.report(f"{job.id}-{number}", started(resumed_step=10 * number), rank=rank)
+        cluster.report(f"{job.id}-{number}", lost, rank=-1)
+    look_until_launched(ticker, cluster, 4)
+    # The rank that had not begun had still to tell what lies before.
+    assert [request.told_step for request in cluster.launched] == [None, 0, 20, 20]
 
 
 @pytest.mark.parametrize(("told_step", "chosen"), [(None, 6), (6, 6), (9, 6), (5, 4), (4, 4), (3, 6), (0, 6)])
