@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import Literal
 
+from pydantic import Field
+
 from service.jobs.diagnostics import DriftMetric, LimitAction
 from service.jobs.evaluation import Interval, Scores
 from service.jobs.fact import Telemetry
@@ -83,7 +85,7 @@ class RankFinding(Telemetry):
 
     ``z`` is in standard errors over ``num_samples`` sampled steps and passes ``threshold`` by chance in less than one
     of a hundred runs, however many samples are looked at. ``size`` is in standard deviations for the mean, in nats of
-    log variance for the variance; its sign is that of ``z``.
+    log variance for the variance; its sign is that of ``z``. Below ``min_size`` it does not matter, however certain.
     """
 
     rank: int
@@ -94,18 +96,25 @@ class RankFinding(Telemetry):
     threshold: float
     size: float
     num_samples: int
+    min_size: float | None = None
 
 
 class BatchNormSample(Telemetry):
     """What the BatchNorm layers of all ranks saw in one training step; layers in order of execution.
 
-    ``ranks`` has one finding for each rank, its largest; empty with one rank or too few samples.
+    ``ranks`` has one finding for each rank, its largest; empty with one rank or too few samples. ``repeating_ranks``
+    are fed one image over and over. ``differing_ranks`` are those, by layer, whose running statistics are not those
+    of most, although the layer is synchronized. ``not_compared`` are layers behind one that is not: what reaches
+    them differs by rank even if the data do not.
     """
 
     type: Literal["batch_norm_sample"] = "batch_norm_sample"
     step: int
     layers: tuple[LayerSample, ...]
     ranks: tuple[RankFinding, ...] = ()
+    repeating_ranks: tuple[int, ...] = ()
+    differing_ranks: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    not_compared: tuple[str, ...] = ()
 
 
 class ReplayedMomentum(Telemetry):

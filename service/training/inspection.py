@@ -21,9 +21,11 @@ from service.training.evaluation import Examiner
 from service.training.limits import LimitWatch
 from service.training.meeting import said_by_rank_zero
 from service.training.modes import ModeWatch
+from service.training.momentum import replay_momenta
 from service.training.population import Population
 from service.training.shipping import as_tensors, certify_statistics
 from syncbn import apply_statistics
+from syncbn.history import StatisticsHistory
 
 
 class Inspector:
@@ -45,10 +47,21 @@ class Inspector:
         self._population: tuple[int, Population] | None = None
         self._drift: Drift | None = None
         self._evaluation: Evaluation | None = None
+        # Rank 0's alone: DDP overwrites the local statistics of the others, and synchronized ones are equal.
+        keeps = examiner.context.leads and spec.diagnostics.replay_steps > 0
+        self._history = StatisticsHistory(model, spec.diagnostics.replay_steps) if keeps else None
 
-    def look(self, step: int, epoch: int, *, evaluates: bool, measures_drift: bool) -> Iterator[TelemetryEvent]:
+    def after_step(self) -> None:
+        """Keep the running statistics of the step that was just taken. Call after each; no exchange."""
+        if self._history:
+            self._history.record()
+
+    def look(
+        self, step: int, epoch: int, *, evaluates: bool, measures_drift: bool, is_last: bool
+    ) -> Iterator[TelemetryEvent]:
         """Judge the model, and act on the limits that its drift exceeds; what rank 0 finds is told.
 
+        The last look also tells what other momenta would have given.
         All ranks take part, whatever they have to tell: who stays away makes the others wait.
         """
         leads = self._examiner.context.leads
@@ -74,6 +87,10 @@ class Inspector:
             yield drift
         yield from faults
         yield from exceeded
+        if is_last and self._history:
+            replay = replay_momenta(self._model, self._history, population.moments, self._spec.bn_momentum, step)
+            if replay:
+                yield replay
         yield LogLine(text=_sentence(step, evaluation, drift))
 
     def certify(self, step: int) -> tuple[StatisticsCertificate | None, dict[str, dict[str, Tensor]] | None]:
@@ -110,6 +127,8 @@ class Inspector:
         (recomputes,) = said_by_rank_zero([int(wanted)], self._examiner.context)
         if recomputes and _is_finite(population):
             apply_statistics(self._model, population.moments)
+            if self._history:
+                self._history.restart()
             self.has_no_start = True
             self._evaluation = None  # of statistics that are gone
             self._measure_drift(population, step)

@@ -35,6 +35,7 @@ from service.training.context import RankContext
 from service.training.dataset import load_dataset
 from service.training.evaluation import make_examiner
 from service.training.inspection import Inspector
+from service.training.layer_samples import LayerSampler
 from service.training.meeting import Meetings, said_by_rank_zero
 from service.training.models import build_model
 from service.training.non_finite import first_non_finite
@@ -127,6 +128,7 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
         dataset.validation_images,
         has_no_start=found.checkpoint is not None and found.checkpoint.has_no_start,
     )
+    layer_sampler = LayerSampler(model, spec.diagnostics.sample_every_steps, first_step)
     meetings = Meetings(context, orders, last_step=first_step - 1)
     was_finite = True
     for step in range(first_step, total_steps + 1):
@@ -145,6 +147,8 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
         was_finite = math.isfinite(loss_value)
         optimizer.step()
         optimizer.zero_grad()
+        inspector.after_step()
+        sample = layer_sampler.after_step()
         yield StepMetrics(
             step=step,
             epoch=sampler.epoch(step),
@@ -153,13 +157,22 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
             step_s=time.perf_counter() - began,
         )
 
+        if sample and context.leads:
+            yield sample
+
         asked = meetings.after(step) if step < total_steps else Orders()
         is_due = partial(_is_due, step, total_steps, sampler.steps_per_epoch)
         evaluates, measures_drift = is_due(spec.cadence.evaluate_every_steps), is_due(spec.cadence.drift_every_steps)
         owes_checkpoint = asked.stop or asked.checkpoint_requests > requests_met
         saves = owes_checkpoint or is_due(spec.cadence.checkpoint_every_steps)
         if evaluates or measures_drift:
-            yield from inspector.look(step, sampler.epoch(step), evaluates=evaluates, measures_drift=measures_drift)
+            yield from inspector.look(
+                step,
+                sampler.epoch(step),
+                evaluates=evaluates,
+                measures_drift=measures_drift,
+                is_last=step == total_steps,
+            )
         if saves:
             requests_met = max(requests_met, asked.checkpoint_requests)
             rng_states = gather_rng_states(context)

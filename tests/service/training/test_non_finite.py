@@ -1,4 +1,6 @@
+import functools
 import math
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -79,6 +81,20 @@ def test_running_statistics_count_only_where_they_are_used() -> None:
     syncbn.freeze(model)
     found = _search(model, images, labels)
     assert (found.place, found.tensor) == (NonFinitePlace.RUNNING_STATISTICS, "2.running_mean")
+
+
+def test_whoever_watches_the_model_is_not_disturbed() -> None:
+    images, labels = _batch()
+    model, calls, lock = _model(), [], threading.Lock()  # a lock cannot be copied
+
+    def watch(*_: object) -> None:
+        with lock:
+            calls.append(1)
+
+    handle = model[1].register_forward_pre_hook(functools.partial(watch, lock))
+    assert first_non_finite(model, images, labels, 7, nullcontext).place is NonFinitePlace.OTHER_RANK
+    assert calls == []
+    handle.remove()
 
 
 def test_a_single_image_is_searched_too() -> None:
