@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from syncbn.drift.ranks import RankContrast
 from syncbn.drift.sampling import ImageMoments
+from syncbn.monitor.exclusion import without
 from syncbn.monitor.finding import RankFinding, RankQuantity
 from syncbn.monitor.normal_score import normal_score
 
@@ -45,16 +46,15 @@ class Comparison:
     ``t`` is Student's with ``degrees`` of freedom, 0 where nothing can be compared; ``size`` as in `RankFinding`.
     """
 
-    paths: tuple[str, ...]
-    num_samples: tuple[int, ...]
-    num_channels: tuple[int, ...]
+    layers: Mapping[str, LayerContrast]
+    """In order of execution."""
     t: Tensor
     degrees: Tensor
     size: Tensor
 
     @classmethod
     def of(cls, layers: Mapping[str, LayerContrast]) -> Comparison:
-        """Each rank against all others, in layers in order of execution."""
+        """Each rank against all others."""
         means = [layer.contrast.mean for layer in layers.values()]
         variances = [layer.contrast.variance for layer in layers.values()]
         t, degrees, size = (
@@ -62,42 +62,38 @@ class Comparison:
             for name in ("z", "degrees", "size")
         )
         known = torch.cat([layer.varies for layer in layers.values()]) & t.isfinite() & size.isfinite()
-        return cls(
-            tuple(layers),
-            tuple(layer.contrast.num_steps for layer in layers.values()),
-            tuple(len(layer.varies) for layer in layers.values()),
-            torch.where(known, t, 0.0),
-            torch.where(known, degrees, 1.0),
-            torch.where(known, size, 0.0),
-        )
+        return cls(layers, torch.where(known, t, 0.0), torch.where(known, degrees, 1.0), torch.where(known, size, 0.0))
 
     def one_by_one(self, num_images: Tensor, threshold: float) -> Comparison:
         """The rank that differs most is taken out and the others compared without it, till none passes or two are left.
 
-        Let ``p`` be the shares of the images of the ranks still compared, ``d`` what a rank differs by from its
-        others, with a variance as ``1 / (p (1 - p))``. Without ``q`` the rank ``r`` differs from its others by
-        ``((1 - p_r) d_r + p_q d_q) (1 - p_q) / (1 - p_q - p_r)``, with one as ``(1 - p_q) / (p_r (1 - p_q - p_r))``.
-        That is exact where shares are the same in each sample; ``num_images`` are those of all samples, ``(R,)``.
+        ``num_images``: of each rank in all samples, ``(R,)``.
         """
-        t, size, explained = self.t, self.size, torch.zeros_like(self.t)
+        compared, explained = self, torch.zeros_like(self.t)
         share = num_images / num_images.sum()
-        active = share > 0
-        for _ in range(int(active.sum()) - 2):
-            own = torch.where(t.abs() > _EXPLAINED * explained, t, 0.0)
-            largest = torch.where(active, normal_score(own, self.degrees).abs().amax((0, 2)), 0.0)
+        for _ in range(int((share > 0).sum()) - 2):
+            largest = torch.where(share > 0, compared.z.abs().amax((0, 2)), 0.0)
             q = int(largest.argmax())
             if largest[q] <= threshold:
                 break
-            active[q] = False
-            others, p, p_q = active.unsqueeze(1), share.unsqueeze(1), share[q]
-            left = 1 - p_q - p
-            explanation = t[:, [q]] * (p_q * p / left).sqrt()
-            t = torch.where(others, t * ((1 - p) * (1 - p_q) / left).sqrt() + explanation, t)
-            size = torch.where(others, ((1 - p) * size + p_q * size[:, [q]]) * ((1 - p_q) / left), size)
-            explained = torch.where(others, explained + explanation.abs(), explained)
-            share = share / (1 - p_q)
-        own = torch.where(t.abs() > _EXPLAINED * explained, t, 0.0)
-        return Comparison(self.paths, self.num_samples, self.num_channels, own, self.degrees, size)
+            explained = explained + _explained(compared.t[:, [q]], share, q)
+            compared = compared._without(q, share, explained)
+            share = torch.where(torch.arange(len(share)) == q, 0.0, share / (1 - share[q]))
+        return compared
+
+    def _without(self, rank: int, share: Tensor, explained: Tensor) -> Comparison:
+        """Of all ranks but one, less what is no more than a tenth of what is ``explained``, ``(2, R, C)``."""
+        layers = {
+            path: LayerContrast(without(layer.contrast, rank, share), layer.varies)
+            for path, layer in self.layers.items()
+        }
+        rest = Comparison.of(layers)
+        return replace(rest, t=torch.where(rest.t.abs() > _EXPLAINED * explained, rest.t, 0.0))
+
+    @property
+    def z(self) -> Tensor:
+        """`t` on the scale of the normal distribution."""
+        return normal_score(self.t, self.degrees)
 
     def findings(self, threshold: float, min_size: float) -> list[RankFinding]:
         """One of each rank: its earliest difference that fires, else its earliest beyond chance, else its largest."""
@@ -108,16 +104,16 @@ class Comparison:
         significant = z.abs() > threshold
         serious = significant & (self.size[:, rank].abs() >= min_size)
         quantity, channel = self._earliest(serious if serious.any() else significant, z)
-        layer, channel_of_layer = self._place(channel)
+        path, channel_of_layer = self._place(channel)
         return RankFinding(
             rank=rank,
-            layer=self.paths[layer],
+            layer=path,
             channel=channel_of_layer,
             quantity=_QUANTITIES[quantity],
             z=float(z[quantity, channel]),
             threshold=threshold,
             size=float(self.size[quantity, rank, channel]),
-            num_samples=self.num_samples[layer],
+            num_samples=self.layers[path].contrast.num_steps,
             min_size=min_size,
         )
 
@@ -127,15 +123,25 @@ class Comparison:
         The mean goes first, as the variance about the mean of all ranks follows it.
         """
         if candidates.any():
-            layer_of_channel = torch.arange(len(self.paths)).repeat_interleave(torch.tensor(self.num_channels))
+            sizes = torch.tensor([len(layer.varies) for layer in self.layers.values()])
+            layer_of_channel = torch.arange(len(sizes)).repeat_interleave(sizes)
             candidates = candidates & (layer_of_channel == layer_of_channel[candidates.any(0)].min())
             quantity = int(not candidates[0].any())
             return quantity, int(torch.where(candidates[quantity], z[quantity].abs(), -1.0).argmax())
         return divmod(int(z.abs().argmax()), z.size(1))
 
-    def _place(self, channel: int) -> tuple[int, int]:
-        for layer, num_channels in enumerate(self.num_channels):
-            if channel < num_channels:
-                return layer, channel
-            channel -= num_channels
+    def _place(self, channel: int) -> tuple[str, int]:
+        """Path of the layer, and the channel in it, for a channel of all layers in a row."""
+        for path, layer in self.layers.items():
+            if channel < len(layer.varies):
+                return path, channel
+            channel -= len(layer.varies)
         raise AssertionError("a channel beyond the last layer")
+
+
+def _explained(t: Tensor, share: Tensor, rank: int) -> Tensor:
+    """By how many standard errors ``t`` of ``rank``, ``(2, 1, C)``, moves the others; 0 for those that are out."""
+    p, p_q = share.unsqueeze(1), share[rank]
+    part = (p_q * p / (1 - p_q - p)).sqrt()
+    is_other = ((share > 0) & (torch.arange(len(share)) != rank)).unsqueeze(1)
+    return torch.where(is_other, part, 0.0) * t.abs()
