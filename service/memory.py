@@ -2,7 +2,7 @@
 
 from service.errors import ServiceError
 from service.settings import Settings
-from service.store import JobStore, Retention
+from service.store import Inspection, JobStore, Retention, inspect_postgresql, inspect_sqlite
 
 
 class NoSharedCluster(ServiceError):
@@ -17,6 +17,13 @@ def open_store(settings: Settings) -> JobStore:
     if settings.database_url is not None:
         return JobStore.connect(settings.database_url)
     return JobStore.open(settings.database_path)
+
+
+def inspect_store(settings: Settings) -> Inspection:
+    """What is to be seen of the database without touching it. Raises: StoreUnavailable."""
+    if settings.database_url is not None:
+        return inspect_postgresql(settings.database_url)
+    return inspect_sqlite(settings.database_path)
 
 
 def retention_of(settings: Settings) -> Retention:

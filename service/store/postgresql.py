@@ -24,7 +24,7 @@ _FORGOTTEN_TRANSACTION_S = 60.0
 _UPGRADE_TIMEOUT_S = 60.0
 """How long an upgrade waits for another service that is upgrading, or for a table that is in use."""
 
-_REMEDY = "is it running, reachable, not full, and SYNCBN_DATABASE_URL right?"
+REMEDY = "is it running, reachable, not full, and SYNCBN_DATABASE_URL right?"
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
 """A server that vanished without a word is noticed within half a minute."""
 
@@ -37,27 +37,35 @@ def open_postgresql(url: SecretStr, busy_timeout_s: float) -> Database:
 
     Raises: StoreUnavailable where the server cannot be used, or a newer service has written the database.
     """
-    if importlib.util.find_spec("psycopg") is None:
-        raise StoreUnavailable("PostgreSQL needs the package psycopg; install syncbn with the extra postgresql")
-    address = _parse(url)
-    name = f"database {address.database or address.username} on {address.host or 'the local PostgreSQL socket'}"
-    engine = _engine(address, busy_timeout_s)
+    engine, name = reach_postgresql(url, busy_timeout_s)
     # Asked for by name: the server may have been set to another default.
     writer = engine.execution_options(isolation_level="READ COMMITTED")
     reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-    database = Database(reader, writer, name, remedy=_REMEDY)
+    database = Database(reader, writer, name, remedy=REMEDY)
     try:
-        with answering(name, _REMEDY):
+        with answering(name, REMEDY):
             _check_encoding(writer, name)
         with database.read() as connection:
             up_to_date = is_up_to_date(connection)
         if not up_to_date:
-            with answering(name, _REMEDY):
+            with answering(name, REMEDY):
                 _upgrade(writer, name)
     except BaseException:
         database.close()
         raise
     return database
+
+
+def reach_postgresql(url: SecretStr, busy_timeout_s: float) -> tuple[Engine, str]:
+    """What connects to the database that ``url`` names when it is used, and how errors may call it.
+
+    Raises: StoreUnavailable where ``url`` is none of PostgreSQL, or its driver is missing.
+    """
+    if importlib.util.find_spec("psycopg") is None:
+        raise StoreUnavailable("PostgreSQL needs the package psycopg; install syncbn with the extra postgresql")
+    address = _parse(url)
+    name = f"database {address.database or address.username} on {address.host or 'the local PostgreSQL socket'}"
+    return _engine(address, busy_timeout_s), name
 
 
 def _parse(url: SecretStr) -> URL:

@@ -1,5 +1,6 @@
 """From whatever schema a database has to the one that this code knows, and never back."""
 
+from enum import StrEnum
 from pathlib import Path
 
 from alembic import command
@@ -22,6 +23,26 @@ def migrations(connection: Connection | None = None) -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
+
+
+class SchemaAge(StrEnum):
+    """How a database's tables stand to this code."""
+
+    EMPTY = "empty"
+    OLDER = "older"
+    CURRENT = "current"
+    NEWER = "newer"
+
+
+def schema_age(connection: Connection) -> SchemaAge:
+    """Which of them it is; nothing is changed."""
+    if is_up_to_date(connection):
+        return SchemaAge.CURRENT
+    current = _current(connection)
+    if current is None and not inspect(connection).has_table(schema_version.name):
+        return SchemaAge.EMPTY
+    known = {step.revision for step in _script().walk_revisions()}
+    return SchemaAge.OLDER if (current or _before_migrations(connection)) in known else SchemaAge.NEWER
 
 
 def is_up_to_date(connection: Connection) -> bool:
