@@ -184,7 +184,7 @@ def judge_convergence(
     against a margin of 1 % of the current loss: *improving* wholly below, *worsening* wholly above, *plateau*
     wholly inside (two one-sided tests: "not significant" is no plateau), *undecided* else. *Stuck* instead of the
     last three: after a fifth of ``total_steps``, the mean of those blocks is shown to be within 2 % of the loss of
-    guessing. A block is the smallest of 20, 40, 80 ... steps that is a 50th of all, and is doubled until
+    guessing, and no fall is. A block is the smallest of 20, 40, 80 ... steps that is a 50th of all, and is doubled until
     neighbouring means are no longer correlated.
 
     Units: losses and margins in nats. Cost: O(n log n).

@@ -39,9 +39,11 @@ class Stretch:
     @classmethod
     def of(cls, starts: Series, ends: Series, means: Series) -> "Stretch":
         """The sizes are means of five neighbours, and at least a hundredth of the largest."""
-        padded = np.pad(np.abs(means), 2, mode="reflect" if len(means) > 2 else "edge")
+        if len(means) < 3:
+            return cls(starts, ends, means, np.ones(len(means)))
+        padded = np.pad(np.abs(means), 2, mode="reflect")
         sizes = np.lib.stride_tricks.sliding_window_view(padded, 5).mean(axis=1)
-        return cls(starts, ends, means, np.maximum(sizes, 0.01 * sizes.max(initial=0.0) or 1.0))
+        return cls(starts, ends, means, np.maximum(sizes, 0.01 * sizes.max() or 1.0))
 
     def part(self, begin: int, end: int) -> "Stretch":
         """The blocks from ``begin`` to before ``end``."""

@@ -10,6 +10,7 @@ from service.reports.blocks import Series, block_means
 from service.reports.margins import practical_size
 
 DIVERGED_FACTOR = 3.0
+BEST_BLOCKS = 5
 _ORDER = tuple(NonFinitePlace)
 """Of execution; what came from another rank is last."""
 
@@ -51,20 +52,22 @@ def blown_up(
 ) -> Convergence | None:
     """Diverged without a number that is not finite, judged on blocks counted from the end; None if it has not.
 
-    The last two block means are above three times the best one before, or, where ``last_two_count`` says that both
-    lie after the warmup, above ``2 ln(num_classes)``, twice the loss of guessing. Three quarters of their quarters are,
-    too: a few huge losses make a high mean, and are no divergence.
+    The last two block means are above three times the best mean of five consecutive blocks before (of all, where there
+    are but two to four), or, where ``last_two_count`` says that both lie after the warmup, above
+    ``2 ln(num_classes)``, twice the loss of guessing. Seven of their eight quarters are, too. Single blocks would cry
+    wolf: small batches have losses of which few are huge and most are near 0, and the least of many such block
+    means is well below a third of a usual one.
     """
     means = block_means(cells, cells_per_block)
-    if len(means) < 2:
+    if len(means) < 3:
         return None
     quarters = np.sort(block_means(cells[-2 * cells_per_block :], cells_per_block // 4))
-    last_two, current = min(float(means[-2:].min()), float(quarters[2])), float(means[-1])
-    best = float(means[:-2].min(initial=math.inf))
+    last_two, current = min(float(means[-2:].min()), float(quarters[1])), float(means[-1])
+    best = _best(means[:-2])
     guessing = math.log(max(num_classes, 2)) if num_classes else math.inf
     if last_two > DIVERGED_FACTOR * practical_size(max(best, 0.0)):
         why = f"the loss is {current:.4g}, over {DIVERGED_FACTOR:g} times its best of {best:.4g}"
-    elif last_two_count and len(means) > 2 and last_two > 2 * guessing:
+    elif last_two_count and last_two > 2 * guessing:
         why = f"the loss is {current:.4g}, over twice the {guessing:.4g} of guessing"
     else:
         return None
@@ -77,6 +80,14 @@ def blown_up(
         block_steps=block_steps,
         num_blocks=len(means),
     )
+
+
+def _best(means: Series) -> float:
+    """The least mean of five neighbours, or of all where they are fewer; infinite below two."""
+    if len(means) < 2:
+        return math.inf
+    size = min(BEST_BLOCKS, len(means))
+    return float(np.lib.stride_tricks.sliding_window_view(means / size, size).sum(axis=1).min())
 
 
 def _origin_sentence(origin: NonFiniteOrigin) -> str:

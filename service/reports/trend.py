@@ -46,11 +46,14 @@ def last_window(cells: Series, cells_per_block: int) -> Window:
 def judge_window(
     means: Series, num_steps: int, block_steps: int, correlation: float | None = None, guessing: float | None = None
 ) -> Convergence:
-    """The verdict on ten block means; stuck only where ``guessing``, the loss of guessing in nats, is given."""
+    """The verdict on ten block means; stuck only where ``guessing``, the loss of guessing in nats, is given.
+
+    A loss at that of guessing that falls for sure, by however little, is not stuck.
+    """
     trend, current = fit_trend(means), float(means[-1])
     margin = PRACTICAL_SHARE * practical_size(abs(current))
     verdict = _verdict(trend, margin)
-    if guessing is not None and verdict is not ConvergenceVerdict.IMPROVING and _rests_at(means, guessing):
+    if guessing is not None and trend.high >= 0 and _rests_at(means, guessing):
         verdict = ConvergenceVerdict.STUCK
     return Convergence(
         verdict=verdict,
