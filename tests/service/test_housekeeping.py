@@ -1,5 +1,9 @@
 """What the service forgets by itself, on both databases, by a clock that stands until it is moved."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +104,34 @@ def test_it_begins_with_the_service_and_stops_in_the_middle_when_that_stops(
     assert not thread.is_alive()
     assert store.acquire_lease(LEASE, "other", 1.0) is None
     assert len(store.audit.page().items) == 1
+
+
+def test_a_service_that_starts_forgets_what_its_settings_say(tmp_path: Path) -> None:
+    store = JobStore.open(tmp_path / "syncbn.sqlite")
+    job = _ended_job(store)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SYNCBN_DATA_DIR": str(tmp_path),
+        "SYNCBN_PORT": "0",
+        "SYNCBN_RAY_ADDRESS": "http://127.0.0.1:9",  # no head of its own: nothing here needs one
+        "SYNCBN_KEEP_METRICS_DAYS": "0",
+    }
+    command = [sys.executable, "-m", "service", "serve", "--json"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as service:
+        try:
+            deadline = time.monotonic() + 60
+            while not _is_forgotten(store, job):
+                assert service.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            service.send_signal(signal.SIGINT)
+            _, log = service.communicate(timeout=30)
+        finally:
+            service.kill()
+    assert b'"metrics": 1' in log
+    assert store.logs(job) == []
+    assert store.get(job).state is JobState.SUCCEEDED
+    store.close()
 
 
 def _is_forgotten(store: JobStore, job_id: str) -> bool:
