@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from service.cluster.head_record import read_record
+from service.doctor.cluster import look_at_cluster
+from service.settings import Settings
 from tests.e2e.conftest import RunningService, small_spec
 
 SYNCBN = str(Path(sys.executable).with_name("syncbn"))
@@ -117,24 +120,15 @@ def test_a_service_that_does_not_run_is_named_with_the_remedy(tmp_path: Path) ->
     assert "syncbn serve" in result.stderr
 
 
-def test_the_doctor_finds_nothing_wrong_here_and_the_wrong_cluster_there(service: RunningService) -> None:
+def test_the_doctor_finds_nothing_wrong_here_and_a_wrong_token_of_the_cluster(service: RunningService) -> None:
     found = syncbn(service, "doctor", "--json")
     findings = json.loads(found.stdout)
     assert [f for f in findings if not f["ok"]] == []
     assert found.returncode == 0
-    sick = subprocess.run(
-        [SYNCBN, "doctor", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={
-            "SYNCBN_URL": "http://127.0.0.1:9",
-            "SYNCBN_RAY_ADDRESS": "http://127.0.0.1:9",
-            "SYNCBN_HOST": "0.0.0.0",
-            "PATH": "/usr/bin:/bin",
-        },
-    )
-    wrong = {f["check"]: f["remedy"] for f in json.loads(sick.stdout) if not f["ok"]}
-    assert sick.returncode == 1
-    assert "SYNCBN_RAY_ADDRESS" in wrong["cluster"]
-    assert "SYNCBN_API_TOKEN" in wrong["exposure"]
+    head = read_record(service.data_dir / "ray" / "head.json")
+    assert head is not None
+    for token, ok in ((head.token, True), (None, False), ("of another cluster", False)):
+        settings = Settings.model_validate({"ray_address": head.address, "ray_token": token})
+        (cluster,) = look_at_cluster(settings)
+        assert cluster.ok is ok, cluster
+        assert ("SYNCBN_RAY_TOKEN" in cluster.remedy) is not ok
