@@ -9,6 +9,7 @@ from syncbn.drift.distances import (
     symmetric_kl,
     wasserstein,
 )
+from syncbn.drift.domain import LayerShift, first_moved, image_moments, measure_shift
 from syncbn.drift.layers import LayerDrift, measure_drift, rank_disagreement
 from syncbn.drift.moving_average import (
     best_momentum,
@@ -37,20 +38,26 @@ from syncbn.drift.significance import (
     threshold,
     two_sided_p,
 )
+from syncbn.drift.trend import Trend, fit_trend
 
 __all__ = [
     "Deviation",
     "Difference",
     "ImageMoments",
     "LayerDrift",
+    "LayerShift",
     "RankContrast",
+    "Trend",
     "batch_deviation",
     "best_momentum",
     "design_effect",
     "effective_batches",
     "effective_count",
+    "first_moved",
+    "fit_trend",
     "half_life",
     "hellinger",
+    "image_moments",
     "initial_weight",
     "jensen_shannon",
     "lag_bias",
@@ -60,6 +67,7 @@ __all__ = [
     "mean_shift",
     "mean_standard_error",
     "measure_drift",
+    "measure_shift",
     "noise",
     "normal_equivalent",
     "output_error",

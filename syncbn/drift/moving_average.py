@@ -78,8 +78,7 @@ def best_momentum(between_var: Tensor, num_images: int, slope: Tensor) -> Tensor
     momentum for a whole layer, pass the means over channels of ``s2 / q`` and, as a root, of ``slope^2 / q``.
     A value that does not move has 0, for then a longer average is always better; one without noise has 1.
     """
-    slope, between_var = torch.broadcast_tensors(slope.double(), between_var.double())
-    k = slope.square() * num_images / between_var
+    k = slope.double().square() * num_images / between_var.double()
     low, high = torch.zeros_like(k), torch.ones_like(k)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
