@@ -41,21 +41,21 @@ def test_distances_are_their_integrals(pair: tuple[float, float, float, float]) 
         return float(first.logpdf(x) - second.logpdf(x))
 
     def shannon(x: float) -> float:
-        a, b = first.logpdf(x), second.logpdf(x)
-        mixture = np.logaddexp(a, b) - math.log(2)
-        return float(np.exp(a) * (a - mixture) + np.exp(b) * (b - mixture)) / 2
+        one, other = first.logpdf(x), second.logpdf(x)
+        mixture = np.logaddexp(one, other) - math.log(2)
+        return float(np.exp(one) * (one - mixture) + np.exp(other) * (other - mixture)) / 2
 
     def transport(level: float) -> float:
         return float((first.ppf(level) - second.ppf(level)) ** 2)
 
-    tensors = [torch.tensor([value], dtype=F64) for value in pair]
+    a, b, c, d = torch.tensor(pair, dtype=F64).unsqueeze(1)
     jeffreys = _integral(lambda x: (first.pdf(x) - second.pdf(x)) * log_ratio(x), *pair)
     overlap = _integral(lambda x: math.sqrt(first.pdf(x) * second.pdf(x)), *pair)
     moved = integrate.quad(transport, 0, 1, limit=200)[0]
-    assert symmetric_kl(*tensors).item() == pytest.approx(jeffreys, rel=1e-6)
-    assert hellinger(*tensors).item() == pytest.approx(math.sqrt(1 - overlap), rel=1e-6)
-    assert wasserstein(*tensors).item() == pytest.approx(math.sqrt(moved / q), rel=1e-4)
-    assert jensen_shannon(*tensors).item() == pytest.approx(_integral(shannon, *pair), abs=1e-4)
+    assert symmetric_kl(a, b, c, d).item() == pytest.approx(jeffreys, rel=1e-6)
+    assert hellinger(a, b, c, d).item() == pytest.approx(math.sqrt(1 - overlap), rel=1e-6)
+    assert wasserstein(a, b, c, d).item() == pytest.approx(math.sqrt(moved / q), rel=1e-4)
+    assert jensen_shannon(a, b, c, d).item() == pytest.approx(_integral(shannon, *pair), abs=1e-4)
 
 
 def test_no_distance_changes_when_a_channel_is_rescaled_and_moved() -> None:
@@ -82,9 +82,9 @@ def test_equal_moments_are_no_distance_apart_and_far_ones_reach_the_bounds() -> 
 def test_the_output_error_is_that_of_drawn_values_of_any_distribution() -> None:
     x = torch.empty(200_000, dtype=F64).exponential_(generator=torch.Generator().manual_seed(5))  # mean 1, variance 1
     change = (x - 1.3) / math.sqrt(0.6 + 1e-3) - (x - 1) / math.sqrt(1 + 1e-3)
-    values = [torch.tensor([value], dtype=F64) for value in (1.3, 0.6, 1.0, 1.0)]
+    u, w, p, q = torch.tensor([1.3, 0.6, 1.0, 1.0], dtype=F64).unsqueeze(1)
     tolerance = 4 * change.square().std().item() / math.sqrt(len(x))
-    assert output_error(*values, 1e-3).item() == pytest.approx(change.square().mean().item(), abs=tolerance)
+    assert output_error(u, w, p, q, 1e-3).item() == pytest.approx(change.square().mean().item(), abs=tolerance)
 
 
 def test_a_collapsed_channel_stays_finite_with_eps() -> None:

@@ -20,7 +20,7 @@ def _images(seed: int) -> Tensor:
 
 def _seen(model: nn.Module, images: Tensor) -> dict[str, ImageMoments]:
     with image_moments(model) as seen, torch.no_grad():
-        for batch in images.split(100):
+        for batch in torch.split(images, 100):
             model(batch)
     return seen
 
@@ -29,7 +29,7 @@ def test_moments_by_image_are_those_of_every_input_of_a_layer() -> None:
     model = _model()
     x = _images(1)
     with image_moments(model) as seen:
-        population = population_statistics(model, x.split(100))
+        population = population_statistics(model, torch.split(x, 100))
     assert list(seen) == ["0", "2", "5"]
     for path, moments in population.items():
         torch.testing.assert_close(seen[path].mean, moments.mean, rtol=1e-5, atol=1e-6)
