@@ -8,7 +8,7 @@ import pytest
 
 from service.client import Client
 from service.cluster.head_record import read_record
-from service.jobs import JobState, Reason
+from service.jobs import JobEvent, JobState, Reason, Topic
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 from tests.e2e.test_job import LONG, rank_pids
 
@@ -33,10 +33,17 @@ def wait_for_attempt(client: Client, job_id: str, attempt: int) -> list[int]:
     """The ranks of an attempt that has saved a checkpoint, so that the next one can go on from there."""
 
     def saved() -> bool:
-        return any(e.type == "checkpoint" and e.attempt == attempt for e in client.events(job_id))
+        return any(e.attempt == attempt for e in client.events(job_id, types=[Topic.CHECKPOINT]))
 
     wait_for(f"a checkpoint of attempt {attempt}", saved, PATIENCE_S)
     return rank_pids(client, job_id, attempt)
+
+
+def all_events(client: Client, job_id: str) -> list[JobEvent]:
+    events: list[JobEvent] = []
+    while page := client.events(job_id, after=events[-1].seq if events else 0):
+        events += page
+    return events
 
 
 def all_steps(client: Client, job_id: str, rank: int) -> list[int]:
@@ -54,7 +61,7 @@ def all_steps(client: Client, job_id: str, rank: int) -> list[int]:
 def test_a_job_outlives_a_frozen_rank_a_killed_runner_and_a_killed_head(
     service: RunningService, client: Client
 ) -> None:
-    spec = small_spec("cat", LONG, cadence={"checkpoint_every_steps": 1000}, timeouts={"collective_s": 5})
+    spec = small_spec("cat", LONG, cadence={"checkpoint_every_steps": 300}, timeouts={"collective_s": 5})
     job_id = client.submit(spec).id
 
     frozen = wait_for_attempt(client, job_id, 1)[1]
@@ -72,7 +79,7 @@ def test_a_job_outlives_a_frozen_rank_a_killed_runner_and_a_killed_head(
 
     assert (done.state, done.attempt) == (JobState.CANCELLED, 4)
     assert "saved at step" in done.detail
-    events = client.events(job_id)
+    events = all_events(client, job_id)
     recoveries = [e.body for e in events if e.type == "state_changed" and e.body["to"] == JobState.RECOVERING]
     assert [body["reason"] for body in recoveries][:2] == [Reason.COLLECTIVE_TIMEOUT, Reason.RUNNER_LOST]
     assert f"pid {frozen} had stopped answering" in recoveries[0]["detail"]

@@ -10,7 +10,7 @@ import pytest
 
 from service.client import Client
 from service.errors import Conflict, InvalidRequest
-from service.jobs import DriftColour, JobState, Normalization, Reason
+from service.jobs import DriftColour, JobState, Normalization, Reason, Topic
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 
 LONG = 1_000_000
@@ -21,7 +21,7 @@ def rank_pids(client: Client, job_id: str, attempt: int = 1) -> list[int]:
     """Process ids of the ranks of an attempt, once all of them have reported."""
 
     def look() -> list[int] | None:
-        events = [e for e in client.events(job_id) if e.type == "rank_started" and e.attempt == attempt]
+        events = [e for e in client.events(job_id, types=[Topic.RANK_STARTED]) if e.attempt == attempt]
         return [e.body["pid"] for e in sorted(events, key=lambda e: e.rank or 0)] if len(events) == 2 else None
 
     return wait_for(f"the ranks of attempt {attempt}", look)
@@ -85,11 +85,11 @@ def test_local_normalization_is_reported_as_what_it_is(client: Client) -> None:
 def test_a_killed_worker_is_replaced_and_the_job_goes_on_from_its_checkpoint(client: Client) -> None:
     job = client.submit(small_spec("killed worker", max_steps=1500, cadence={"checkpoint_every_steps": 100}))
     pids = rank_pids(client, job.id)
-    wait_for("a checkpoint", lambda: any(e.type == "checkpoint" for e in client.events(job.id)))
+    wait_for("a checkpoint", lambda: client.events(job.id, types=[Topic.CHECKPOINT]))
     os.kill(pids[1], signal.SIGKILL)
     done = wait_until_ended(client, job.id)
     assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2)
-    events = client.events(job.id)
+    events = client.events(job.id, types=[Topic.STATE_CHANGED, Topic.RANK_STARTED])
     recovery = next(e for e in events if e.type == "state_changed" and e.body["to"] == "recovering")
     assert recovery.body["reason"] == Reason.WORKER_LOST
     assert "rank 1" in recovery.body["detail"]

@@ -13,7 +13,7 @@ import torch
 
 from service.client import Client
 from service.errors import InvalidRequest
-from service.jobs import Job, JobSpec, JobState, Reason, StepMetrics
+from service.jobs import Job, JobSpec, JobState, Reason, StepMetrics, Topic
 from service.training.loop import RankContext, train
 from tests.e2e.conftest import RunningService, small_spec, wait_for, wait_until_ended
 from tests.e2e.test_job import LONG, rank_pids, wait_for_step
@@ -40,11 +40,9 @@ def test_a_job_goes_on_at_the_very_step_where_the_service_was_stopped(own_servic
     own_service.stop()
     own_service.start()
     with own_service.client() as client:
-        certificate = wait_for(
-            "the certificate", lambda: [e for e in client.events(job.id) if e.type == "resume_certificate"]
-        )
+        certificate = wait_for("the certificate", lambda: client.events(job.id, types=[Topic.RESUME_CERTIFICATE]))
         assert (certificate[0].attempt, certificate[0].body["exact"]) == (2, True)
-        events = client.events(job.id)
+        events = client.events(job.id, types=[Topic.STATE_CHANGED, Topic.CHECKPOINT, Topic.RANK_STARTED])
         (recovery,) = [e for e in events if e.type == "state_changed" and e.body["to"] == JobState.RECOVERING]
         assert recovery.body["reason"] == Reason.SERVICE_STOPPED
         (saved,) = [e.body["step"] for e in events if e.type == "checkpoint" and e.attempt == 1]
@@ -84,13 +82,13 @@ def test_a_paused_job_goes_on_with_fewer_workers_and_the_same_losses(
     wait_for_step(client, job.id, 10)
     asked(service, job.id, "pause")
     paused = wait_for_state(client, job.id, JobState.PAUSED)
-    (saved,) = [e.body["step"] for e in client.events(job.id) if e.type == "checkpoint"]
+    (saved,) = [e.body["step"] for e in client.events(job.id, types=[Topic.CHECKPOINT])]
     assert f"step {saved}" in paused.detail
     resumed = asked(service, job.id, "resume", num_workers=1)
     assert (resumed.spec.num_workers, resumed.spec.batch_size_per_worker) == (1, 16)
     wait_for_step(client, job.id, saved + 10)
     client.cancel(job.id)
-    (certificate,) = [e.body for e in client.events(job.id) if e.type == "resume_certificate"]
+    (certificate,) = [e.body for e in client.events(job.id, types=[Topic.RESUME_CERTIFICATE])]
     assert (certificate["exact"], certificate["saved_by_num_workers"], certificate["num_workers"]) == (True, 2, 1)
     series = client.metric(job.id, "train/loss", rank=0, max_points=5000)
     assert series.steps[: saved + 10] == tuple(range(1, saved + 11))
