@@ -62,7 +62,7 @@ def wasserstein(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Te
 def hellinger(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, eps: float = 0.0) -> Tensor:
     """``sqrt(1 - sqrt(2 sqrt(w q) / (w + q)) exp(-(u - p)^2 / (4 (w + q))))``, from 0 to 1. Shape ``(C,)``.
 
-    Source: Pardo 2006, *Statistical Inference Based on Divergence Measures*, section 1.2.
+    The root of one less the overlap of both densities, which is that of Bhattacharyya 1943.
     """
     u, w, p, q = _moments(running_mean, running_var, mean, var, eps)
     # Both factors as logarithms, so that a small distance keeps its digits: 1 - exp(x) is -expm1(x).
@@ -75,7 +75,7 @@ def jensen_shannon(running_mean: Tensor, running_var: Tensor, mean: Tensor, var:
 
     It has no closed form: this is the trapezoid rule on nodes spread over both, good to 1e-4 nats.
     Cost: ``400 C`` exponentials and logarithms, about a hundred times that of `hellinger`.
-    Source: Lin 1991, eq. 4.1.
+    Source: Lin 1991.
     """
     u, w, p, q = _moments(running_mean, running_var, mean, var, eps)
     grid = torch.linspace(-_WIDTH, _WIDTH, _NUM_NODES, dtype=torch.float64, device=u.device).unsqueeze(1)

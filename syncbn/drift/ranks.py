@@ -83,7 +83,7 @@ class RankContrast:
         return Difference(z * _least_skewed(excess), degrees, torch.log1p(excess))
 
     def _in_standard_errors(self, quantity: int) -> tuple[Tensor, Tensor]:
-        """In standard errors, with degrees of freedom (Satterthwaite 1946, eq. 17).
+        """In standard errors, with degrees of freedom (Satterthwaite 1946).
 
         As the variances in it are estimates themselves, they come out too small, by half at most. That is left as it
         is: it pays for values that are not normally distributed.

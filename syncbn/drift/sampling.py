@@ -2,7 +2,7 @@
 
 The positions of an image are not independent of each other, images are. So the standard error of a batch mean comes
 from how the means of single images differ, and not from how values do (a ratio estimator over clusters: Cochran 1977,
-*Sampling Techniques*, section 9.7 and chapter 6). In a fully connected layer an image is one value, and both agree.
+*Sampling Techniques*, chapter 6). In a fully connected layer an image is one value, and both agree.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ def mean_standard_error(moments: ImageMoments) -> Tensor:
 
 
 def log_var_standard_error(moments: ImageMoments) -> Tensor:
-    """Of the logarithm of the batch variance, ``(C,)``, in nats. NaN with fewer than two images."""
+    """Of the logarithm of the batch variance, ``(C,)``, in nats. NaN with fewer than two images.
+
+    For large samples: within a few percent from 32 images on; with 8 it may be 15 % too small, with 2 by half.
+    """
     return (moments.square_between_var / moments.num_images).sqrt() / moments.var
 
 

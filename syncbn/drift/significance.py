@@ -112,7 +112,7 @@ def _density(t: Tensor, degrees: Tensor) -> Tensor:
 
 
 def _as_normal(t: Tensor, degrees: Tensor) -> Tensor:
-    """The normal deviate of as small a probability, for many degrees (Hill 1970, eq. 3, its first three terms)."""
+    """The normal deviate of as small a probability, for many degrees (Hill 1970, its first three terms)."""
     a = degrees - 0.5
     b = 48 * a.square()
     y = (a * torch.log1p(t.square() / degrees)).sqrt()
