@@ -37,10 +37,15 @@ def loss_of(rank: int, number: int) -> float:
 
 
 class StandInRay:
-    """Attempts by name, each with the word that Ray would have for it; `beside_others` must stay empty."""
+    """Attempts by name, each with the word that Ray would have for it; `beside_others` must stay empty.
 
-    def __init__(self, spool: Path, chance: random.Random) -> None:
+    Of the first attempts ``share_lost`` end without a word.
+    """
+
+    def __init__(self, spool: Path, chance: random.Random, share_lost: float) -> None:
         self.beside_others: list[str] = []
+        self.launched: list[str] = []
+        self._share_lost = share_lost
         self._spool = spool
         self._chance = chance
         self._lock = threading.Lock()
@@ -58,8 +63,9 @@ class StandInRay:
             running = [each for each, word in self._status.items() if word == "RUNNING"]
             self.beside_others += [f"{name} beside {each}" for each in running if each.startswith(request.job_id)]
             self._status[name] = "RUNNING"
+            self.launched.append(name)
             self._stops[name] = threading.Event()
-            lost = request.attempt == 1 and self._chance.random() < _SHARE_LOST
+            lost = request.attempt == 1 and self._chance.random() < self._share_lost
             lost_at = self._chance.randrange(1, request.spec.max_steps or 1) if lost else None
         thread = threading.Thread(target=self._run, args=(request, token, lost_at), name=name)
         self._threads.append(thread)
@@ -162,8 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, ray: StandInRay) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, ray: StandInRay, host: str) -> None:
+        super().__init__((host, 0), _Handler)
         self.ray = ray
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -171,14 +177,16 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def standing_in(spool: Path, chance: random.Random) -> Iterator[tuple[StandInRay, str]]:
+def standing_in(
+    spool: Path, chance: random.Random, host: str = "127.0.0.1", share_lost: float = _SHARE_LOST
+) -> Iterator[tuple[StandInRay, str]]:
     """A cluster and its address, until the end of the block."""
-    ray = StandInRay(spool, chance)
-    with _Server(ray) as server:
+    ray = StandInRay(spool, chance, share_lost)
+    with _Server(ray, host) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            yield ray, f"http://127.0.0.1:{server.server_port}"
+            yield ray, f"http://{host}:{server.server_port}"
         finally:
             ray.close()
             server.shutdown()
