@@ -90,8 +90,15 @@ def test_a_database_of_a_newer_service_or_of_something_else_is_left_as_it_is(tmp
     path = tmp_path / "syncbn.sqlite"
     JobStore.open(path).close()
     engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999_future'"))
+
+    def make(version: str) -> None:
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :version"), {"version": version})
+
+    make("0005_cursor_keys")
+    assert "brings it up to date when it starts" in diagnose(tmp_path)["database"].found
+    assert complaints(tmp_path) == {}
+    make("9999_future")
     assert "install that version" in complaints(tmp_path)["database"]
     path.write_bytes(b"no database" * 1000)
     assert str(path) in complaints(tmp_path)["database"]
