@@ -71,8 +71,8 @@ def measure_shift(
 ) -> list[LayerShift]:
     """The shift of each layer of ``train`` that is in ``other`` too, in the order of ``train``.
 
-    The images of both must be drawn independently of each other, at least 32 for variances to be told from chance. With fewer than two images in one of them nothing
-    is significant.
+    The images of both must be drawn independently of each other; for variances to be told from chance there must be
+    32 at least. With fewer than two images in one of them nothing is significant.
     """
     paths = [path for path in train if path in other]
     num_tests = sum(2 * train[path].mean.numel() for path in paths)
