@@ -21,7 +21,7 @@ class ChannelStates:
     """Which channels are in which state; boolean, ``(C,)`` each.
 
     ``exploding``: not finite, or their root mean square is beyond a thousand times what it once was.
-    ``collapsed``: the variance is below a millionth of the layer's median, or ten times its ``eps``, so that the
+    ``collapsed``: the variance is below a millionth of the median of the layer's others, or ten times its ``eps``, so that the
         layer puts out hardly anything but its bias.
     ``muted``: the weight is below a thousandth.
     ``dead``: none of the above, and at most one output in a thousand is above zero: a ReLU behind it would pass
@@ -42,7 +42,7 @@ def channel_states(
     exploding = ~size.isfinite()
     if once is not None:
         exploding = exploding | (size > EXPLODING_FACTOR * once.clamp(min=eps**0.5))
-    median = var[var.isfinite()].median() if bool(var.isfinite().any()) else var.new_zeros(())
+    median = torch.where(exploding, torch.nan, var).nanmedian()  # NaN if all do, which compares with nothing
     collapsed = ~exploding & ((var < COLLAPSED_SHARE * median) | (var < COLLAPSED_EPS * eps))
     muted = ~exploding & ~collapsed & (weight_size < MUTED_WEIGHT)
     dead = ~(exploding | collapsed | muted) & (num_positive <= DEAD_SHARE * moments.num_values)
