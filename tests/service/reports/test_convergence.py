@@ -255,8 +255,9 @@ def test_a_loss_that_rests_is_stopped_after_two_windows() -> None:
 
 @pytest.mark.parametrize("shape", [0.2, 0.05])
 def test_rare_huge_losses_of_small_batches_are_no_divergence(shape: float) -> None:
-    """Gamma noise: of 20 losses one makes the mean. At most 3 % of 100 such runs were called diverged at any look;
-    judged on single blocks up to 92 % were.
+    """Gamma noise: of 20 losses one makes the mean.
+
+    At most 3 % of 100 such runs were called diverged at any look; judged on single blocks up to 92 % were.
     """
     fall = 0.3 + 2 * np.exp(-np.arange(2000) / 400)
     noise = [np.random.default_rng(seed).gamma(shape, 1 / shape, 2000) for seed in range(30)]
