@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 import threading
-from functools import lru_cache
 
 from service.errors import FieldProblem, InvalidRequest, ServiceError
 from service.jobs import JobPlan, JobSpec
 
 _IMPOSSIBLE = 2
+_NUM_REMEMBERED = 64
 _SAME_PLAN = {"name": "unnamed", "seed": 0, "priority": 0, "after": ()}
 
 
@@ -28,7 +28,7 @@ class Planner:
     def __init__(self, timeout_s: float = 60.0) -> None:
         self._timeout_s = timeout_s
         self._working = threading.Lock()
-        self._remembered = lru_cache(maxsize=64)(self._ask)
+        self._remembered: dict[str, JobPlan] = {}
 
     def plan(self, spec: JobSpec) -> JobPlan:
         """The plan of ``spec``.
@@ -36,13 +36,22 @@ class Planner:
         Raises: InvalidRequest where its training would refuse to begin or its data are not on this machine;
             PlannerUnavailable after ``timeout_s``.
         """
+        # What differs in a name alone has the same plan.
+        wanted = spec.model_copy(update=_SAME_PLAN).model_dump_json()
+        if (known := self._remembered.get(wanted)) is not None:
+            return known  # not waiting for whatever other plan is being made
         if not self._working.acquire(timeout=self._timeout_s):
             raise PlannerUnavailable("other plans are being made; ask again in a moment")
         try:
-            # What differs in a name alone has the same plan.
-            return self._remembered(spec.model_copy(update=_SAME_PLAN).model_dump_json())
+            return self._remembered.get(wanted) or self._remember(wanted, self._ask(wanted))
         finally:
             self._working.release()
+
+    def _remember(self, wanted: str, plan: JobPlan) -> JobPlan:
+        while len(self._remembered) >= _NUM_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+        self._remembered[wanted] = plan
+        return plan
 
     def _ask(self, spec: str) -> JobPlan:
         command = [sys.executable, "-P", "-m", "service.training.plan"]

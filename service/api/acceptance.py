@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import Header, Response
+from fastapi import Header, Request, Response
 
 from service.api.parts import Parts
 from service.api.problems import Answers
+from service.api.recording import entry_of, is_on_record
 from service.api.versions import tell_version
 from service.errors import FieldProblem, InvalidRequest
 from service.jobs import Job, JobSpec, Principal
@@ -24,6 +25,7 @@ def accept(
     key: str | None,
     asker: Principal,
     parts: Parts,
+    request: Request,
     response: Response,
     *,
     retry_of: str | None = None,
@@ -40,15 +42,28 @@ def accept(
     created = False
     if job is None:
         _require_possible(spec, asker, parts)
-        job, created = store.create(spec, key, owner=asker.name, retry_of=retry_of, start_checkpoint=start_checkpoint())
+        job, created = store.create(
+            spec,
+            key,
+            owner=asker.name,
+            retry_of=retry_of,
+            start_checkpoint=start_checkpoint(),
+            record=lambda job: entry_of(request.scope, 201, _path(job)),
+        )
+    if created:
+        is_on_record(request)
     if job.retry_of != retry_of:
         text = f"was used before for another request, which became {job.id}; choose a fresh key"
         raise InvalidRequest([FieldProblem("/Idempotency-Key", "idempotency_key_reused", text)])
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Location"] = _path(job)
     if not created:
         response.status_code = 200
         response.headers["Idempotency-Replayed"] = "true"
     return tell_version(response, job)
+
+
+def _path(job: Job) -> str:
+    return f"/v1/jobs/{job.id}"
 
 
 def _require_possible(spec: JobSpec, asker: Principal, parts: Parts) -> None:

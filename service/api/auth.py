@@ -4,10 +4,9 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from service.api.parts import Store
+from service.api.parts import job_in_path
 from service.errors import Forbidden, NotFound, Unauthorized
 from service.jobs import Caller, Principal, Role
 
@@ -48,13 +47,13 @@ def visible_owner(asker: Principal) -> str | None:
     return None if asker.role.includes(Role.ADMIN) else asker.name
 
 
-async def _require_visible(request: Request, asker: Asker, store: Store) -> None:
+async def _require_visible(request: Request, asker: Asker) -> None:
     """Let the request pass if the job in its path, where it names one, may be seen by who asks. Raises NotFound."""
     job_id = request.path_params.get("job_id")
     owner = visible_owner(asker)
     if job_id is None or owner is None:
         return
-    job = await run_in_threadpool(store.get, job_id)
+    job = await job_in_path(request, job_id)
     if job.owner != owner:
         raise NotFound(f"there is no job {job_id}")  # the same words as for one that does not exist
 
@@ -76,7 +75,7 @@ def require_role(role: Role) -> Any:
     return Security(_judge_role, scopes=[role])
 
 
-def _given_attempt_token(given: Annotated[_Credentials, Depends(_attempt_bearer)]) -> str:
+async def _given_attempt_token(given: Annotated[_Credentials, Depends(_attempt_bearer)]) -> str:
     if given is None:
         raise Unauthorized("this needs the ingest token of the attempt, as a bearer token")
     return given.credentials
@@ -86,7 +85,7 @@ AttemptToken = Annotated[str, Depends(_given_attempt_token)]
 """The bearer token of a request that comes from an attempt; the store judges it."""
 
 
-def require_json(request: Request) -> None:
+async def require_json(request: Request) -> None:
     """Let the request pass if its body, where it has one, says that it is JSON. Raises HTTPException 415."""
     if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
         return

@@ -3,7 +3,7 @@
 Attempts report through it too, with tokens of their own, which open nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from anyio import move_on_after
@@ -16,7 +16,7 @@ from service.api.doorkeeper import Doorkeeper
 from service.api.problems import from_error
 from service.api.rates import Rate, RateLimits, Standing, neighbourhood
 from service.errors import ServiceError, StoreUnavailable, TooManyRequests, Unauthorized
-from service.jobs import ANONYMOUS
+from service.jobs import ANONYMOUS, Caller
 
 GUARDED = "/v1/"
 RECHECK_S = 15.0
@@ -91,22 +91,28 @@ class Gate:
         return True
 
     async def _let_in(self, scope: Scope) -> None:
-        caller = await self._known(scope, self._doorkeeper.identify)
+        caller = await self._caller_of(scope)
         scope["state"]["caller"] = caller
         if caller.principal.name != ANONYMOUS:
             name = caller.principal.name
             self._bound(scope, self._requests.take(name), f"{name} asks more often than it may")
 
+    async def _caller_of(self, scope: Scope) -> Caller:
+        guessing = self._refusals.look(neighbourhood(client_address(scope)))
+        if guessing.allowed and (known := self._doorkeeper.recall(_bearer_of(scope))) is not None:
+            return known
+        return await self._judged(scope, self._doorkeeper.identify_and_remember)
+
     async def _let_attempt_in(self, scope: Scope) -> None:
         attempt_id = str(scope["path"]).removeprefix(_ATTEMPTS).partition("/")[0]
-        await self._known(scope, lambda token, _: self._doorkeeper.admit_attempt(attempt_id, token))
+        await self._judged(scope, lambda token, _: run_sync(self._doorkeeper.admit_attempt, attempt_id, token))
 
-    async def _known(self, scope: Scope, judge: Callable[[str | None, bool], _Answer]) -> _Answer:
+    async def _judged(self, scope: Scope, judge: Callable[[str | None, bool], Awaitable[_Answer]]) -> _Answer:
         """What ``judge`` makes of the key, and of whether guessing is still allowed; refusals are counted."""
         address = neighbourhood(client_address(scope))
         before = self._refusals.look(address)
         try:
-            return await run_sync(judge, _bearer_of(scope), before.allowed)
+            return await judge(_bearer_of(scope), before.allowed)
         except Unauthorized:
             self._bound(scope, self._refusals.take(address), "this address has shown too many wrong keys")
             raise

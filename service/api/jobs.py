@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Response
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import AwareDatetime
 
 from service.api.acceptance import REPLAYED, IdempotencyKey, accept
@@ -24,11 +25,16 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     dependencies=[Depends(require_json), require_role(Role.SUBMITTER)],
     responses=REPLAYED | answers(400, 401, 413, 415, 422, 503),
 )
-def submit_job(
-    spec: Submission, asker: Asker, parts: PartsOf, response: Response, idempotency_key: IdempotencyKey = None
+async def submit_job(
+    spec: Submission,
+    asker: Asker,
+    parts: PartsOf,
+    request: Request,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Accept a training job; it starts when the cluster has room. Every wrong field is named at once."""
-    return accept(spec, idempotency_key, asker, parts, response)
+    return await run_sync(accept, spec, idempotency_key, asker, parts, request, response)
 
 
 @router.get("", summary="List jobs", responses=answers(400, 401, 422, 503))
@@ -59,7 +65,7 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="Show a job", responses=answers(400, 401, 404, 503))
-def show_job(job: ExistingJob, response: Response) -> Job:
+async def show_job(job: ExistingJob, response: Response) -> Job:
     """The job as it stands, with how fresh that knowledge is; its `ETag` is its version."""
     return tell_version(response, job)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
+from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
 from service.api.feed import Feed
@@ -55,15 +56,30 @@ def parts_of(request: Request) -> Parts:
     return parts
 
 
-def _store_of(parts: Annotated[Parts, Depends(parts_of)]) -> JobStore:
-    return parts.store
+# Dependencies that wait for nothing are coroutines all the same: others go through a worker thread, each time.
 
 
-def _job_of(job_id: str, store: Annotated[JobStore, Depends(_store_of)]) -> Job:
-    return store.get(job_id)
+async def _parts_of(request: Request) -> Parts:
+    return parts_of(request)
 
 
-PartsOf = Annotated[Parts, Depends(parts_of)]
+async def _store_of(request: Request) -> JobStore:
+    return parts_of(request).store
+
+
+async def _job_of(job_id: str, request: Request) -> Job:
+    return await job_in_path(request, job_id)
+
+
+async def job_in_path(request: Request, job_id: str) -> Job:
+    """The job that the request's path names, as it stood when the request first asked. Raises: NotFound."""
+    job = getattr(request.state, "job_in_path", None)
+    if not isinstance(job, Job):
+        job = request.state.job_in_path = await run_sync(parts_of(request).store.get, job_id)
+    return job
+
+
+PartsOf = Annotated[Parts, Depends(_parts_of)]
 Store = Annotated[JobStore, Depends(_store_of)]
 ExistingJob = Annotated[Job, Depends(_job_of)]
 """The job named in the path; there is a 404 where there is none."""

@@ -1,4 +1,8 @@
-"""Puts every request that would change something on record, whatever came of it, before its answer leaves."""
+"""Puts every request that would change something on record, whatever came of it, before its answer leaves.
+
+The record of a new job is stored in one transaction with it, so that there is the one exactly if there is the other;
+all other records are written when the answer is known.
+"""
 
 import structlog
 from anyio.to_thread import run_sync
@@ -53,7 +57,7 @@ class Recording:
         """What is to be answered instead, if anything."""
         if not scope["state"].get("on_record", True):
             return None
-        entry = _entry(scope, status, location)
+        entry = entry_of(scope, status, location)
         try:
             await run_sync(self._store.audit.append, entry)
         except StoreUnavailable as error:
@@ -64,7 +68,8 @@ class Recording:
         return None
 
 
-def _entry(scope: Scope, status: int, location: str | None) -> AuditEntry:
+def entry_of(scope: Scope, status: int, location: str | None) -> AuditEntry:
+    """How a request is put on record that is answered so; ``location`` is where what it made is found."""
     state = scope["state"]
     caller: Caller | None = state.get("caller")
     route = getattr(scope.get("route"), "path", None)
@@ -83,6 +88,11 @@ def _entry(scope: Scope, status: int, location: str | None) -> AuditEntry:
 
 async def changes_nothing(request: Request) -> None:
     """A dependency for routes that are asked by POST and yet change nothing: they are not put on record."""
+    request.state.on_record = False
+
+
+def is_on_record(request: Request) -> None:
+    """Let no record be written any more: it was stored with the change itself."""
     request.state.on_record = False
 
 

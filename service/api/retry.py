@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -60,6 +60,7 @@ def retry_job(
     job: ExistingJob,
     asker: Asker,
     parts: PartsOf,
+    request: Request,
     response: Response,
     wish: RetryWish | None = None,
     idempotency_key: IdempotencyKey = None,
@@ -73,6 +74,7 @@ def retry_job(
         idempotency_key,
         asker,
         parts,
+        request,
         response,
         retry_of=job.id,
         start_checkpoint=lambda: _start_checkpoint(job, wanted, parts),

@@ -1,7 +1,8 @@
 """A job's version as an ETag, and changes that are meant for one version alone.
 
 The version counts changes of state, of priority and of the number of workers, and cancellations that were forced; what
-a job reports while it runs does not count, so that whoever looks, decides and changes is not refused for a step that was taken meanwhile.
+a job reports while it runs does not count, so that whoever looks, decides and changes is not refused for a step that
+was taken meanwhile.
 """
 
 import re

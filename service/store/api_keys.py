@@ -32,6 +32,8 @@ class ApiKeys:
     def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
         self._database = database
         self._clock = clock
+        self.num_changes = 0
+        """How often this process has changed any of them: what it remembers of before may hold no more."""
 
     def make(self, principal: str, life: timedelta | None = None) -> NewApiKey:
         """A key for the principal, good for ``life`` or until it is revoked.
@@ -39,7 +41,9 @@ class ApiKeys:
         Raises: InvalidRequest where there is no such principal, or it is the anonymous one.
         """
         with self._database.write() as connection:
-            return make_key(connection, principal, life, self._clock())
+            made = make_key(connection, principal, life, self._clock())
+        self.num_changes += 1
+        return made
 
     def page(self, limit: int = 50, after: str = "", principal: str | None = None) -> list[ApiKey]:
         """Keys with ids after ``after``, oldest first, of everyone or of one principal; whatever their state."""
@@ -59,7 +63,9 @@ class ApiKeys:
         with self._database.write() as connection:
             good = (api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
             connection.execute(update(api_keys).where(*good).values(revoked_at=self._clock()))
-            return _get_key(connection, key_id)
+            revoked = _get_key(connection, key_id)
+        self.num_changes += 1
+        return revoked
 
     def rotate(self, key_id: str, grace: timedelta = timedelta(0)) -> NewApiKey:
         """A new key for the same principal, good as long as this one was from its making on.
@@ -73,7 +79,9 @@ class ApiKeys:
                 raise Conflict(f"{key_id} {ended}; make a new key instead")
             _end(connection, old, now + grace if grace else None, now)
             life = None if old.expires_at is None else old.expires_at - old.created_at
-            return make_key(connection, old.principal, life, now)
+            made = make_key(connection, old.principal, life, now)
+        self.num_changes += 1
+        return made
 
     def identify(self, key: str) -> Caller:
         """Who shows the key; their role is looked up now. Raises Unauthorized, and says to its holder why."""

@@ -35,8 +35,7 @@ class AuditTrail:
 
     def append(self, entry: AuditEntry) -> None:
         """Add the entry, less any API key that its texts may hold."""
-        with self._database.write() as connection:
-            _append(connection, entry, self._clock())
+        self._database.transact(lambda connection: append_entry(connection, entry, self._clock()))
 
     def page(self, limit: int = 50, cursor: str | None = None, principal: str | None = None) -> AuditPage:
         """Entries, newest first, of everyone or of one principal; ``cursor`` is a former page's ``next_cursor``.
@@ -73,7 +72,8 @@ class AuditTrail:
         return removed
 
 
-def _append(connection: Connection, entry: AuditEntry, now: datetime) -> None:
+def append_entry(connection: Connection, entry: AuditEntry, now: datetime) -> None:
+    """Add the entry, less any API key that its texts may hold."""
     values = entry.model_dump() | {"time": now}
     for name, length in _MAX_LENGTH.items():
         values[name] = redacted(values[name])[:length]
@@ -97,7 +97,7 @@ def _raise_floor(connection: Connection, kept_from: datetime, days: float, now: 
         status=200,
         request_id=secrets.token_hex(8),
     )
-    _append(connection, entry, now)
+    append_entry(connection, entry, now)
 
 
 def _remove_piece(connection: Connection) -> int:

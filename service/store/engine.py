@@ -5,12 +5,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from service.errors import StoreUnavailable
+from service.store.group_commit import GroupCommit
 
 MAX_TRIES = 3
 """How often a write is tried that the database gives up so that another can go on."""
@@ -24,7 +26,8 @@ _Answer = TypeVar("_Answer")
 class Database:
     """Transactions over one engine; a failing database raises `StoreUnavailable`.
 
-    ``writing`` is entered around every write transaction; ``remedy`` is said where the database does not answer.
+    ``writing`` is entered around every write transaction; ``remedy`` is said where the database does not answer. With
+    ``group_timeout_s`` writers that wait for one another share transactions; see `service.store.group_commit`.
     A server's answer to a commit may be lost on its way; then, and only then, the error does not tell whether the
     transaction was stored. Every write of ours can be asked for again: it compares before it sets, or knows its key.
     """
@@ -37,12 +40,15 @@ class Database:
         *,
         remedy: str,
         writing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        group_timeout_s: float | None = None,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._name = name
         self._remedy = remedy
         self._writing = writing
+        self._group_timeout_s = group_timeout_s
+        self._group = GroupCommit(self._transaction, writing, name)
         self._closed = False
 
     @contextmanager
@@ -59,7 +65,7 @@ class Database:
         committed by then, and whoever reads before it writes locks what it reads (``with_for_update``, or
         `service.store.locks`), the lease first, then jobs in the order of their ids, then what hangs on them.
         """
-        with self._answering(), self._writing(), self._writer.connect() as connection, connection.begin():
+        with self._writing(), self._transaction() as connection:
             yield connection
 
     def transact(self, work: Callable[[Connection], _Answer]) -> _Answer:
@@ -68,6 +74,9 @@ class Database:
         Where the database gives the transaction up to resolve a deadlock, ``work`` is done anew from its beginning,
         at most `MAX_TRIES` times in all; so it must do nothing but read and write this connection.
         """
+        if self._group_timeout_s is not None:
+            answer: _Answer = self._group.do(partial(self._do, work), self._group_timeout_s)
+            return answer
         for _ in range(MAX_TRIES - 1):
             try:
                 with self.write() as connection:
@@ -83,6 +92,15 @@ class Database:
         self._closed = True
         self._reader.dispose()
         self._writer.dispose()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self._answering(), self._writer.connect() as connection, connection.begin():
+            yield connection
+
+    def _do(self, work: Callable[[Connection], _Answer], connection: Connection) -> _Answer:
+        with self._answering():
+            return work(connection)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -22,6 +22,8 @@ class Principals:
     def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
         self._database = database
         self._clock = clock
+        self.num_changes = 0
+        """How often this process has changed any of them: what it remembers of before may hold no more."""
 
     def get(self, name: str) -> Principal:
         """The principal. Raises NotFound."""
@@ -45,7 +47,9 @@ class Principals:
             raise InvalidRequest([FieldProblem("/role", "role_fixed", text)])
         with self._database.write() as connection:
             created = put_principal(connection, name, terms, self._clock())
-            return get_principal(connection, name), created
+            principal = get_principal(connection, name)
+        self.num_changes += 1
+        return principal, created
 
     def quota_of(self, name: str) -> Quota:
         """What the principal may hold; nothing limits one that is not stored."""

@@ -35,7 +35,7 @@ def open_sqlite(path: Path, busy_timeout_s: float) -> Database:
     _configure(reader, busy_timeout_s)
     writer = reader.execution_options(syncbn_write=True)
     writing = _one_at_a_time(str(path), busy_timeout_s)
-    database = Database(reader, writer, str(path), remedy=_REMEDY, writing=writing)
+    database = Database(reader, writer, str(path), remedy=_REMEDY, writing=writing, group_timeout_s=busy_timeout_s)
     try:
         with database.read() as connection:
             up_to_date = is_up_to_date(connection)

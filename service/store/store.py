@@ -13,6 +13,7 @@ from service.errors import Conflict
 from service.jobs import (
     ANONYMOUS,
     Attempt,
+    AuditEntry,
     CheckpointSaved,
     Drift,
     Evaluation,
@@ -45,7 +46,7 @@ from service.store import (
     steering,
 )
 from service.store.api_keys import ApiKeys
-from service.store.audit import AuditTrail
+from service.store.audit import AuditTrail, append_entry
 from service.store.cursors import cursors_of
 from service.store.engine import Database
 from service.store.glances import Glance
@@ -112,23 +113,32 @@ class JobStore:
         owner: str = ANONYMOUS,
         retry_of: str | None = None,
         start_checkpoint: str | None = None,
+        record: Callable[[Job], AuditEntry] | None = None,
     ) -> tuple[Job, bool]:
         """A new queued job and True, or the job that the same owner, key and spec made before and False.
+
+        The audit entry that ``record`` makes of a new job is stored with it, or neither is.
 
         Raises: InvalidRequest where the owner used the key with another spec, or has not the jobs in ``spec.after``;
             TooManyRequests where the owner's quota of waiting jobs is reached.
         """
-        return self._database.transact(
-            lambda connection: births.create_job(
+
+        def create(connection: Connection) -> tuple[Job, bool]:
+            now = self._clock()
+            job, created = births.create_job(
                 connection,
                 spec,
                 idempotency_key,
-                self._clock(),
+                now,
                 owner=owner,
                 retry_of=retry_of,
                 start_checkpoint=start_checkpoint,
             )
-        )
+            if created and record is not None:
+                append_entry(connection, record(job), now)
+            return job, created
+
+        return self._database.transact(create)
 
     def recall(self, spec: JobSpec, idempotency_key: str, *, owner: str = ANONYMOUS) -> Job | None:
         """The job that this owner, key and spec made before, if they did. Raises: InvalidRequest as `create` does."""

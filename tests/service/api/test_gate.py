@@ -1,13 +1,17 @@
+import asyncio
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from service.api.doorkeeper import Doorkeeper
+from service.api.doorkeeper import REMEMBERED_S, Doorkeeper
 from service.api.gate import Gate
 from service.api.rates import Rate, RateLimits, neighbourhood
-from service.jobs import Role
+from service.errors import Unauthorized
+from service.jobs import PrincipalTerms, Role
+from service.store import JobStore
 from tests.service.api.house import House
 from tests.service.api.live import listening
 from tests.service.store.telling import spec
@@ -118,6 +122,26 @@ def test_a_stream_ends_soon_after_its_key(house: House) -> None:
         house.store.keys.revoke(house.store.keys.page()[0].id)
         assert "end" not in [message.event for message in messages]
         assert client.get("/v1/whoami").status_code == 401
+
+
+def test_what_another_service_changes_of_keys_is_noticed_in_a_stated_time(house: House, tmp_path: Path) -> None:
+    key = house.key("alice", Role.READER)["Authorization"].removeprefix("Bearer ")
+    patient, hasty = (Doorkeeper(house.store, None, remembered_s=s) for s in (60.0, 0.05))
+    for doorkeeper in (patient, hasty):
+        assert asyncio.run(doorkeeper.identify_and_remember(key)).principal.name == "alice"
+    other = JobStore.open(tmp_path / "jobs.sqlite")
+    other.keys.revoke(other.keys.page()[0].id)
+    other.close()
+    assert patient.recall(key) is not None
+    deadline = time.monotonic() + 20
+    while hasty.recall(key) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(Unauthorized, match="was revoked"):
+        asyncio.run(hasty.identify_and_remember(key))
+    house.store.principals.put("bob", PrincipalTerms(role=Role.READER))
+    assert patient.recall(key) is None  # what this process changes counts at once
+    assert REMEMBERED_S == 5.0  # as docs/security.md says
 
 
 def test_reports_without_the_attempts_token_are_refused_unread_and_counted(house: House) -> None:

@@ -3,6 +3,7 @@
 from fastapi.testclient import TestClient
 
 from service.jobs import JobSpec, PlannedJob
+from service.planner import Planner
 from tests.service.api.house import House
 
 SPEC = {"name": "digits", "max_steps": 100}
@@ -32,6 +33,13 @@ def test_a_plan_tells_batches_layers_and_exchanges(client: TestClient) -> None:
     assert (planned.plan.global_batch_size, planned.plan.steps_per_epoch) == (12, 119)
     assert [layer.num_values for layer in planned.plan.layers] == [12, 12, 12]
     assert planned.plan.exchanges_per_step == 6
+
+
+def test_a_plan_that_is_known_waits_for_no_other(client: TestClient) -> None:
+    planner = Planner(timeout_s=60)
+    planned = planner.plan(JobSpec.model_validate(SPEC))
+    with planner._working:  # as while another plan is being made
+        assert planner.plan(JobSpec.model_validate(SPEC | {"name": "another", "seed": 1})) == planned
 
 
 def test_a_plan_too_large_for_the_cluster_is_made_and_says_so(client: TestClient, house: House) -> None:

@@ -1,9 +1,10 @@
 from typing import Any
 
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 from service.api.rates import RateLimits
-from service.jobs import Role
+from service.jobs import JobState, Role
 from tests.service.api.house import House
 from tests.service.store.telling import spec
 
@@ -74,11 +75,31 @@ def test_what_could_not_be_put_on_record_is_not_answered_as_done(house: House) -
     with house.client() as client:
         answer = client.post("/v1/jobs", json=SPEC)
         assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
-        assert "on record" in answer.json()["detail"]
         assert "Location" not in answer.headers
-        assert len(client.get("/v1/jobs").json()["items"]) == 1
+        assert client.get("/v1/jobs").json()["items"] == []
+        job, _ = house.store.create(spec())
+        cancelled = client.post(f"/v1/jobs/{job.id}:cancel")
+        assert (cancelled.status_code, cancelled.json()["code"]) == (503, "store_unavailable")
+        assert "on record" in cancelled.json()["detail"]
+        assert house.store.get(job.id).state is JobState.CANCELLED
         refused = client.post("/v1/jobs", json={})
         assert refused.status_code == 422
+
+
+def test_a_job_and_its_record_are_one_transaction_and_all_that_a_submission_costs(house: House) -> None:
+    """A principal is looked up once in a while, a job once a request, however many ask for it on the way."""
+    transactions: list[str] = []
+    with house.client() as client:
+        alice = house.key("alice", Role.SUBMITTER)
+        client.get("/v1/whoami", headers=alice)
+        event.listen(house.store._database._reader, "begin", lambda connection: transactions.append("begin"))
+        job = client.post("/v1/jobs", json=SPEC, headers=alice).json()["id"]
+        assert len(transactions) == 1
+        client.get(f"/v1/jobs/{job}", headers=alice)
+        assert len(transactions) == 2
+        key = {"Idempotency-Key": "k"} | alice
+        assert [client.post("/v1/jobs", json=SPEC, headers=key).status_code for _ in range(2)] == [201, 200]
+    assert [status for *_, status, _ in _told(house)] == [201, 201, 200]
 
 
 def test_a_defect_of_the_service_is_on_record_too(house: House) -> None:
