@@ -235,14 +235,14 @@ def _looked_at(losses: NDArray[np.float64]) -> dict[ConvergenceVerdict, int]:
 
 
 def test_looking_often_does_not_make_rest_a_trend() -> None:
-    """40 flat runs, 45 looks each; 2 to 5 % of 100 such runs were ever wrong, and 6 of 40 come about once in 50."""
+    """40 flat runs, 45 looks each; 3 of 150 such runs were ever wrong, at which rate 5 of 40 come once in 900."""
     runs = [_looked_at(1 + 0.2 * _noise(seed, 3000, 0.9)) for seed in range(40)]
-    assert sum(ConvergenceVerdict.WORSENING in run for run in runs) <= 6
+    assert sum(ConvergenceVerdict.WORSENING in run for run in runs) <= 4
     assert not any(ConvergenceVerdict.DIVERGED in run for run in runs)
 
 
 def test_a_loss_that_still_falls_by_what_matters_is_never_stopped() -> None:
-    """By 1.2 % of itself over each window, or more: none of 840 such runs was."""
+    """By 1.2 % of itself over each window, or more: none of 900 such runs was."""
     for seed in range(20):
         assert ConvergenceVerdict.PLATEAU not in _looked_at(1 - 6e-5 * np.arange(3000) + 0.01 * _noise(seed, 3000, 0))
 
