@@ -1,16 +1,15 @@
 """What stands for the population of a run: moments of what each BatchNorm layer is fed, and of its single images."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import BatchMoments, population_statistics
 from syncbn.agreement import Exchange
-from syncbn.drift import ImageMoments
+from syncbn.drift import ImageMoments, image_moments
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import running_moments, tracked_layers
 
@@ -33,40 +32,29 @@ def measure_population(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]
 
     One forward pass and two exchanges; all ranks must call, also those without batches.
     """
-    with _image_moments(model) as seen:
+    with image_moments(model) as seen:
         moments = population_statistics(model, batches)
-    together = _over_ranks(seen)
+    layers = tracked_layers(model).items()
+    own = {path: seen.get(path) or ImageMoments.empty(layer.num_features, _device(layer)) for path, layer in layers}
+    together = _over_ranks(own)
     return Population(moments, {path: together[path] for path in moments})
 
 
-@contextmanager
-def _image_moments(model: nn.Module) -> Iterator[dict[str, ImageMoments]]:
-    """Inside, every input of every layer is added to what is yielded."""
-    layers = tracked_layers(model)
-    seen = {
-        path: ImageMoments.empty(layer.num_features, running_moments(layer)[0].device) for path, layer in layers.items()
-    }
-
-    def note(path: str, _layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[path] = seen[path].merge(ImageMoments.of(args[0]))
-
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(note, path)).remove)
-        yield seen
-
-
-def _over_ranks(seen: dict[str, ImageMoments]) -> dict[str, ImageMoments]:
+def _over_ranks(own: dict[str, ImageMoments]) -> dict[str, ImageMoments]:
     """Merged in the order of ranks, so that all get the same bits."""
     group = peers(None)
-    if group is None or not seen:
-        return seen
-    packed = [moments.pack() for moments in seen.values()]
+    if group is None or not own:
+        return own
+    packed = [moments.pack() for moments in own.values()]
     vector = torch.cat(packed)
     rows = gather_over_ranks(vector, group, Exchange("moments of population images", num_values=vector.numel()))
     first, *others = [torch.split(row, [part.numel() for part in packed]) for row in rows]
-    together = dict(zip(seen, map(ImageMoments.unpack, first), strict=True))
+    together = dict(zip(own, map(ImageMoments.unpack, first), strict=True))
     for parts in others:
-        for path, part in zip(seen, parts, strict=True):
+        for path, part in zip(own, parts, strict=True):
             together[path] = together[path].merge(ImageMoments.unpack(part))
     return together
+
+
+def _device(layer: _BatchNorm) -> torch.device:
+    return running_moments(layer)[0].device
