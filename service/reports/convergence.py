@@ -71,10 +71,10 @@ class LossCourse:
         are those of `verdict`.
 
         Measured over runs of 3,000 to 4,000 steps, looked at whenever a 20th more were taken: a plateau was called in
-        none of 900 runs that still fell by more than the margin in the next window; worsening in 3 and
-        5 of 150 flat runs of correlation 0.9 and 0.97; divergence in none of 600 flat runs, and in at most 3 of 100 with the rare huge losses of
-        small batches (gamma noise of shape 0.2 and 0.05). What a later change of the learning rate would bring, no
-        plateau can know.
+        none of 900 runs that still fell by more than the margin in the next window; worsening in 3 and 5 of 150 flat
+        runs of correlation 0.9 and 0.97; divergence in none of 600 flat runs, and in at most 3 of 100 with the rare
+        huge losses of small batches (gamma noise of shape 0.2 and 0.05). What a later change of the learning rate
+        would bring, no plateau can know.
         """
         verdict = self.verdict(non_finite)
         match verdict.verdict:
