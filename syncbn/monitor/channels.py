@@ -21,8 +21,8 @@ class ChannelStates:
     """Which channels are in which state; boolean, ``(C,)`` each.
 
     ``exploding``: not finite, or their root mean square is beyond a thousand times what it once was.
-    ``collapsed``: the variance is below a millionth of the median of the layer's others, or ten times its ``eps``, so that the
-        layer puts out hardly anything but its bias.
+    ``collapsed``: the variance is below a millionth of the median over the layer's channels, those that explode left
+        out, or below ten times its ``eps``, so that the layer puts out hardly anything but its bias.
     ``muted``: the weight is below a thousandth.
     ``dead``: none of the above, and at most one output in a thousand is above zero: a ReLU behind it would pass
         nothing on. The layer does not know what is behind it; in front of anything else this need not be a fault.

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,7 +247,7 @@ def _step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
-            parameter -= 0.05 * parameter.grad
+            parameter.sub_(parameter.grad, alpha=0.05)
 
 
 def _batches(batch_size: int, seed: int, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -321,16 +320,18 @@ def test_ranks_need_not_have_equal_batches_nor_any_and_tell_which_buffers_differ
 
 def _uneven() -> BatchNormSample:
     torch.manual_seed(0)
-    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)))
+    second = SyncBatchNorm(3)
+    model = nn.Sequential(SyncBatchNorm(3), second)
+    assert second.running_var is not None
     sample = None
     with BatchNormMonitor(model, every=1) as monitor:
         for _ in range(6):
             model(torch.randn((5, 0, 2)[dist.get_rank()], 3))
             if dist.get_rank() == 2:
-                model[1].running_var[0] *= 1 + 2**-20
+                second.running_var[0] *= 1 + 2**-20
             sample = monitor.step()
     assert sample is not None
-    return replace(sample)
+    return sample
 
 
 def _local_layers() -> BatchNormSample:
