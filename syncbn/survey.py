@@ -13,7 +13,8 @@ from syncbn.drift.sampling import ImageMoments
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import running_moments, tracked_layers
 from syncbn.monitor.listening import Listening
-from syncbn.sync_advice import LayerBatches, SyncAdvice, advise
+from syncbn.rank_variances import LayerBatches
+from syncbn.sync_advice import SyncAdvice, advise
 
 
 class RankSurvey:

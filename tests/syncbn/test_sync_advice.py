@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import RanksDisagree
+from syncbn.rank_variances import LayerBatches
 from syncbn.survey import RankSurvey
-from syncbn.sync_advice import LayerBatches, SyncAdvice, Verdict, advise
+from syncbn.sync_advice import SyncAdvice, Verdict, advise
 from tests.ranks import run_ranks
 
 STEPS = 20
