@@ -43,7 +43,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class SyncAdvice:
-    """The verdict, the layer that says most for it, and all layers in order of execution.
+    """The verdict, the layer that says most for it, and all layers in the order given.
 
     ``local_batch_size`` is the mean over ranks and steps, ``enough_images`` the local batch from which on the noisiest
     layer rests on enough. ``sentence`` says it all.
