@@ -11,11 +11,22 @@ from typing import Any
 from fastapi import FastAPI
 
 from service.api.auth import KEY_SCHEME
+from service.api.event_stream import EventStream
+from service.api.links import add_links
 from service.api.problems import MEDIA_TYPE, Problem
 from service.jobs import Role
 
 _UNUSED = ("HTTPValidationError", "ValidationError")
 """FastAPI's own error bodies, which it documents wherever a route has parameters; `problems` answers instead."""
+
+_MESSAGES = {
+    "itemSchema": {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in ("event", "id", "data")},
+        "required": ["event", "data"],
+    }
+}
+"""One message of a stream, in the words of OpenAPI 3.2."""
 
 
 class Api(FastAPI):
@@ -32,6 +43,7 @@ class Api(FastAPI):
                         operation["security"] = [{KEY_SCHEME: [role]}]
                         responses |= _refusals(role)
                     operation["responses"] = dict(sorted(responses.items()))
+            add_links(document)
             for name in _UNUSED:
                 document["components"]["schemas"].pop(name, None)
             self.openapi_schema = document
@@ -53,7 +65,9 @@ def _refusals(role: Role) -> dict[str, Any]:
 def _true_responses(responses: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for status, response in responses.items():
         content = {
-            MEDIA_TYPE if _refers_to(entry, Problem.__name__) else media_type: entry
+            MEDIA_TYPE if _refers_to(entry, Problem.__name__) else media_type: (
+                _MESSAGES if media_type == EventStream.media_type else entry
+            )
             for media_type, entry in response.get("content", {}).items()
         }
         if not any(_refers_to(entry, _UNUSED[0]) for entry in content.values()):

@@ -1,12 +1,14 @@
 """The whole API against its own document: generated requests, right and wrong, and what may be answered to them."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
+from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
@@ -38,21 +40,27 @@ def _plan(spec: JobSpec) -> JobPlan:
         raise InvalidRequest([FieldProblem("/data", "cannot_be_planned", str(error))]) from error
 
 
-@pytest.fixture(scope="module")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    store = JobStore.open(tmp_path_factory.mktemp("contract") / "jobs.sqlite")
-    guard, secrets = AddressGuard(), SecretFiles(None)
-    app = create_app(
+def _app(store: JobStore, secrets: Path | None, stopping: threading.Event) -> FastAPI:
+    guard, files = AddressGuard(), SecretFiles(secrets)
+    return create_app(
         store,
         storage=Path("/nowhere"),
         check_placement=lambda spec: [],
         plan=_plan,
         readiness=lambda: {"store": "ok"},
         gauges=lambda: {},
-        hooks=Desk(guard, secrets, Sender(guard, secrets)),
-        stopping=threading.Event(),
+        hooks=Desk(guard, files, Sender(guard, files)),
+        stopping=stopping,
         allowed_hosts=("*",),
     )
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    store = JobStore.open(tmp_path_factory.mktemp("contract") / "jobs.sqlite")
+    app = _app(store, None, threading.Event())
+    # What a process loads only once, such as the digits, shall not make its first answer differ from its second.
+    _plan(JobSpec(name="first", epochs=1))
     house = House(store)
     job, _ = house.running_job(started(), step(1), evaluation(1), drift(1, bn=0.1), LogLine(text="line"))
     store.transition(store.get(job.id), JobState.SUCCEEDED)
@@ -105,3 +113,38 @@ def test_every_answer_is_one_that_the_document_promises(schema: Any, mode: Gener
         except (Exception, BaseExceptionGroup) as error:
             failures.append(f"{operation.label}: {error}")
     assert not failures, "\n\n".join(failures)
+
+
+def test_what_was_made_is_then_asked_for_as_the_documents_links_lead(tmp_path: Path) -> None:
+    """Jobs and webhooks are made, and read, steered, retried, tried and removed after that in any order.
+
+    Streams of jobs that nobody runs would not end, so the service is one that is just stopping. Keys are not made:
+    the first of them would close the service to whoever shows none.
+    """
+    stopping = threading.Event()
+    stopping.set()
+    secret = tmp_path / "ci"
+    secret.write_text("a secret of the tests")
+    secret.chmod(0o600)
+    store = JobStore.open(tmp_path / "jobs.sqlite")
+    answered: Counter[tuple[str, int]] = Counter()
+
+    whole = schemathesis.openapi.from_asgi("/openapi.json", _app(store, tmp_path, stopping))
+    loaded = whole.include(path_regex="^/v1/(jobs|webhooks)")
+
+    @loaded.hook
+    def flatmap_body(context: Any, body: Any) -> Any:
+        """The specs are right: of generated ones hardly any is, and then there would be no job."""
+        return st.just({"name": "digits", "max_steps": 5} if context.operation.label == "POST /v1/jobs" else body)
+
+    class Client(loaded.as_state_machine()):  # type: ignore[misc]
+        def validate_response(self, response: Any, case: Any, *_: Any, **__: Any) -> None:
+            answered[case.operation.label, response.status_code] += 1
+            case.validate_response(response, checks=_CHECKS)
+
+    try:
+        Client.run(settings=settings(_PROFILE, max_examples=40, stateful_step_count=10))
+    finally:
+        store.close()
+    about_jobs = {label for label, status in answered if "{job_id}" in label and status < 400}
+    assert len(about_jobs) >= 8, answered
