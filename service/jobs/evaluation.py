@@ -20,7 +20,7 @@ class Interval(Telemetry):
 
 
 class SinceBest(Telemetry):
-    """How the validation loss stands to the best evaluation before it in this attempt, with population statistics.
+    """How the validation loss stands to the best evaluation before it, both with population statistics.
 
     ``rise`` is the mean over images of the loss now minus the loss then, in nats, with its bootstrap ``interval``;
     below 0 this evaluation is the new best.

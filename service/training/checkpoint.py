@@ -54,7 +54,8 @@ class Checkpoint:
     manifest, and checkpoints of old have none. ``population_statistics`` are the mean and the unbiased variance of the
     population by layer path, as ``{"mean": (C,), "unbiased_var": (C,)}``, where the job asked for them; the run goes
     on with those in ``model``. ``has_no_start`` says that those were once replaced by the population's, so that
-    nothing of what they began with is left.
+    nothing of what they began with is left. ``best_losses`` are those of each validation image at the best evaluation
+    so far, that of ``best_step``, float64 ``(N,)``.
     """
 
     step: int
@@ -67,6 +68,8 @@ class Checkpoint:
     statistics: StatisticsCertificate | None = None
     population_statistics: dict[str, dict[str, Tensor]] | None = None
     has_no_start: bool = False
+    best_step: int = 0
+    best_losses: Tensor | None = None
 
     @property
     def num_workers(self) -> int:

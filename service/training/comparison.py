@@ -10,21 +10,28 @@ from syncbn.bootstrap import mean_interval
 
 
 class BestEvaluation:
-    """The loss of each validation image at the best evaluation so far, by the mean loss with population statistics."""
+    """The loss of each validation image at the best evaluation so far, by the mean loss with population statistics.
+
+    ``losses`` are float64 ``(N,)`` on the CPU, those of ``step``; None before the first evaluation.
+    """
 
     def __init__(self) -> None:
-        self._step = 0
-        self._losses: Tensor | None = None
+        self.step = 0
+        self.losses: Tensor | None = None
+
+    def restore(self, step: int, losses: Tensor | None) -> None:
+        """Go on from what a checkpoint holds."""
+        self.step, self.losses = step, losses
 
     def since(self, losses: Tensor, step: int) -> SinceBest | None:
         """How ``losses`` ``(N,)`` at ``step`` stand to the best before, None at the first; they may become the best.
 
         Losses that are not finite never do.
         """
-        before_step, before = self._step, self._losses
+        before_step, before = self.step, self.losses
         mean = losses.mean()
         if mean.isfinite() and (before is None or mean < before.mean()):
-            self._step, self._losses = step, losses.clone()
+            self.step, self.losses = step, losses.clone()
         if before is None:
             return None
         rise = losses - before

@@ -17,6 +17,7 @@ from service.jobs import (
     StatisticsCertificate,
     TelemetryEvent,
 )
+from service.training.checkpoint import Checkpoint
 from service.training.evaluation import Examiner
 from service.training.limits import LimitWatch
 from service.training.meeting import said_by_rank_zero
@@ -31,14 +32,16 @@ from syncbn.history import StatisticsHistory
 class Inspector:
     """Looks at one run's ``model``; all ranks look together.
 
-    ``probe_images`` are the same on every rank; ``has_no_start`` says that the running statistics were once replaced
-    by the population's, in an earlier attempt.
+    ``probe_images`` are the same on every rank; ``checkpoint`` is what the run goes on from.
     """
 
     def __init__(
-        self, spec: JobSpec, model: nn.Module, examiner: Examiner, probe_images: Tensor, *, has_no_start: bool
+        self, spec: JobSpec, model: nn.Module, examiner: Examiner, probe_images: Tensor, checkpoint: Checkpoint | None
     ) -> None:
-        self.has_no_start = has_no_start
+        self.has_no_start = checkpoint is not None and checkpoint.has_no_start
+        self.best = examiner.best
+        if checkpoint:
+            self.best.restore(checkpoint.best_step, checkpoint.best_losses)
         self._spec = spec
         self._model = model
         self._examiner = examiner

@@ -121,13 +121,7 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
             yield from _certify(found.checkpoint, prover, model, spec)
         yield PhaseChanged(phase=Phase.TRAINING)
 
-    inspector = Inspector(
-        spec,
-        model,
-        examiner,
-        dataset.validation_images,
-        has_no_start=found.checkpoint is not None and found.checkpoint.has_no_start,
-    )
+    inspector = Inspector(spec, model, examiner, dataset.validation_images, found.checkpoint)
     layer_sampler = LayerSampler(model, spec.diagnostics.sample_every_steps, first_step)
     meetings = Meetings(context, orders, last_step=first_step - 1)
     was_finite = True
@@ -189,6 +183,8 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
                     statistics=statistics,
                     population_statistics=population_statistics,
                     has_no_start=inspector.has_no_start,
+                    best_step=inspector.best.step,
+                    best_losses=inspector.best.losses,
                 )
                 yield from _save(checkpoint, context, is_needed=asked.stop or step == total_steps)
         if asked.stop:
