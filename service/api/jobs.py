@@ -13,7 +13,7 @@ from service.api.problems import answers
 from service.api.submission import Submission
 from service.api.versions import tell_version
 from service.jobs import Job, JobPage, JobReport, JobState, Role
-from service.reports import report_job
+from service.reports import JobRecord, report_job
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -73,13 +73,13 @@ async def show_job(job: ExistingJob, response: Response) -> Job:
 @router.get("/{job_id}/report", summary="Report on a job", responses=answers(400, 401, 404, 410, 503))
 def report(job: ExistingJob, store: Store) -> JobReport:
     """Whether the job converges, and whether its running statistics can be trusted."""
-    losses = store.training_loss(job.id)
-    start = store.start_of(job.id)
     return report_job(
-        job,
-        job.attempt,
-        losses,
-        store.evaluations(job.id),
-        store.drift(job.id),
-        num_classes=start.num_classes if start else None,
+        JobRecord(
+            job=job,
+            num_attempts=job.attempt,
+            losses=store.training_loss(job.id),
+            evaluations=store.evaluations(job.id),
+            drift=store.drift(job.id),
+            start=store.start_of(job.id),
+        )
     )

@@ -7,14 +7,17 @@ from service.reports.decay import fit_decay
 from service.reports.divergence import find_origin
 from service.reports.drift import judge_drift
 from service.reports.overfitting import judge_overfitting
+from service.reports.record import JobRecord, SampledLayers
 from service.reports.report import report_job
 from service.reports.survival import kaplan_meier_median
 from service.reports.target import reach_target
 
 __all__ = [
+    "JobRecord",
     "LayerSeries",
     "LossCourse",
     "RunScore",
+    "SampledLayers",
     "compare",
     "drift_series",
     "final_score",

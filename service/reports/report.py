@@ -1,34 +1,33 @@
 """Joins what is recorded of a job and what it means into the one page that every reader gets."""
 
-from collections.abc import Sequence
-
-from service.jobs import Convergence, Drift, Evaluation, Job, JobReport, JobSpec, MetricSeries
+from service.jobs import Convergence, JobReport, JobSpec, MetricSeries
 from service.jobs.spec import BUILTIN_DATA
 from service.reports.convergence import judge_convergence
 from service.reports.drift import judge_drift
+from service.reports.record import JobRecord
 
 _NUM_BUILTIN_CLASSES = 10
 
 
-def report_job(
-    job: Job,
-    num_attempts: int,
-    losses: MetricSeries,
-    evaluations: Sequence[Evaluation],
-    drift: Sequence[Drift],
-    *,
-    num_classes: int | None = None,
-) -> JobReport:
-    """The report on ``job``: its training ``losses``, best not downsampled, its evaluations and drift samples.
+def report_job(record: JobRecord) -> JobReport:
+    """The report on the job of ``record``.
 
-    ``num_classes`` is what the ranks said when they started; built-in data sets need none. ``training_s`` counts
-    from the first start to the end or, before that, to the last heartbeat, pauses and retries included.
+    ``training_s`` counts from the first start to the end or, before that, to the last heartbeat, pauses and retries
+    included. Where no rank has said how many classes there are, built-in data sets are known.
     Cost: O(points + evaluations + samples).
     """
-    classes = num_classes or _classes_of(job.spec)
-    convergence = judge_convergence(losses.steps, losses.values, classes, warmup_steps=job.spec.schedule.warmup_steps)
+    job, losses = record.job, record.losses
+    classes = record.start.num_classes if record.start else _classes_of(job.spec)
+    convergence = judge_convergence(
+        losses.steps,
+        losses.values,
+        classes,
+        warmup_steps=job.spec.schedule.warmup_steps,
+        total_steps=record.start.total_steps if record.start else None,
+        non_finite=record.non_finite,
+    )
     until = job.finished_at or job.heartbeat_at
-    ordered = tuple(sorted(evaluations, key=lambda e: e.step))
+    ordered = tuple(sorted(record.evaluations, key=lambda e: e.step))
     return JobReport(
         job_id=job.id,
         name=job.spec.name,
@@ -37,9 +36,9 @@ def report_job(
         complete=job.state.terminal,
         num_steps=max(losses.steps, default=0),
         training_s=max((until - job.started_at).total_seconds(), 0.0) if job.started_at and until else None,
-        num_attempts=num_attempts,
+        num_attempts=record.num_attempts,
         convergence=_say_if_thinned(convergence, losses),
-        drift=judge_drift(ordered, drift, job.spec, num_classes=classes),
+        drift=judge_drift(ordered, record.drift, job.spec, num_classes=classes),
         last_evaluation=ordered[-1] if ordered else None,
         evaluations=ordered,
     )
