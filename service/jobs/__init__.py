@@ -38,6 +38,7 @@ from service.jobs.layer_facts import (
     ReplayedMomentum,
     StatisticsCertificate,
 )
+from service.jobs.layer_series import DRIFT_PREFIX, LAYER_METRICS, SAMPLE_PREFIX, LayerHistory, LayerMetricSeries
 from service.jobs.plan import JobPlan, LayerPlan, Outlook, PlannedJob
 from service.jobs.principal import (
     ADMIN,
@@ -54,6 +55,7 @@ from service.jobs.principal import (
     Role,
 )
 from service.jobs.report import DriftColour, DriftVerdict, JobReport
+from service.jobs.side_by_side import ComparedGroup, LeftOut, SideBySide
 from service.jobs.spec import (
     AdamW,
     Cadence,
@@ -111,8 +113,11 @@ __all__ = [
     "ACTIVE_STATES",
     "ADMIN",
     "ANONYMOUS",
+    "DRIFT_PREFIX",
+    "LAYER_METRICS",
     "PRINCIPAL_NAME",
     "RUNNER",
+    "SAMPLE_PREFIX",
     "SECRET_NAME",
     "TELEMETRY_EVENT",
     "TEST_EVENT",
@@ -129,6 +134,7 @@ __all__ = [
     "Cadence",
     "Caller",
     "CheckpointSaved",
+    "ComparedGroup",
     "ComparedMetric",
     "Comparison",
     "ComparisonVerdict",
@@ -159,8 +165,11 @@ __all__ = [
     "LaunchRequest",
     "LayerChange",
     "LayerDrift",
+    "LayerHistory",
+    "LayerMetricSeries",
     "LayerPlan",
     "LayerSample",
+    "LeftOut",
     "LimitAction",
     "LimitExceeded",
     "LogLine",
@@ -203,6 +212,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "Sgd",
+    "SideBySide",
     "SinceBest",
     "StatisticsCertificate",
     "StepMetrics",

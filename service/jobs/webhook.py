@@ -33,7 +33,6 @@ class Topic(StrEnum):
     RANK_STARTED = "rank_started"
     EVALUATION = "evaluation"
     DRIFT = "drift"
-    BATCH_NORM_SAMPLE = "batch_norm_sample"
     MOMENTUM_REPLAY = "momentum_replay"
     MODE_FAULT = "mode_fault"
     NON_FINITE = "non_finite"

@@ -10,6 +10,7 @@ from service.errors import FieldProblem, InvalidRequest
 from service.jobs import (
     RUNNER,
     AttemptEnded,
+    BatchNormSample,
     Control,
     IngestBatch,
     IngestReply,
@@ -25,6 +26,7 @@ from service.jobs import (
 from service.store.attempts import authorize
 from service.store.events import NewEvent, append_events
 from service.store.jobs import get_job, phase_changed
+from service.store.layer_samples import store_samples
 from service.store.logs import NewLine, append_lines
 from service.store.progress import advance
 from service.store.received import Received
@@ -110,7 +112,7 @@ def _check(batch: IngestBatch, num_workers: int) -> None:
         if not all(0 <= time < 1e11 for time in part.times):
             text = "times are seconds since 1970, and finite"
             problems.append(FieldProblem(f"/batches/{index}/times", "time_impossible", text))
-        if not all(0 <= _step(event) < _MAX_STEP for event in part.events):
+        if not all(0 <= _stored_step(event) < _MAX_STEP for event in part.events):
             text = f"steps are at least 0 and below {_MAX_STEP}"
             problems.append(FieldProblem(f"/batches/{index}/events", "step_impossible", text))
     if problems:
@@ -121,6 +123,11 @@ def _step(event: TelemetryEvent) -> int:
     if isinstance(event, RankStarted):
         return event.resumed_step
     return event.step if isinstance(event, StepMetrics) else 0
+
+
+def _stored_step(event: TelemetryEvent) -> int:
+    """The step under which the fact is kept, where it is."""
+    return event.step if isinstance(event, BatchNormSample) else _step(event)
 
 
 def _load_ranks(connection: Connection, job_id: str, attempt: int) -> dict[int, _Rank]:
@@ -163,10 +170,11 @@ def _store_facts(connection: Connection, job: Job, facts: Sequence[_Fact]) -> No
                 phase = event.phase
                 said = {"phase": phase, "reason": job.reason, "detail": job.detail}
                 events.append(phase_changed(fact.time, job.attempt, rank=fact.rank, **said))
-        elif not isinstance(event, StepMetrics):
+        elif not isinstance(event, StepMetrics | BatchNormSample):
             events.append(NewEvent(fact.time, event.type, event.model_dump_json(), job.attempt, fact.rank))
     told = [(fact.rank, fact.event) for fact in facts if isinstance(fact.event, StepMetrics)]
     store_steps(connection, job.id, job.attempt, told)
+    store_samples(connection, job.id, job.attempt, [f.event for f in facts if isinstance(f.event, BatchNormSample)])
     append_lines(connection, job.id, lines)
     append_events(connection, job.id, events)
     if phase is not job.phase:

@@ -19,7 +19,7 @@ from service.jobs import JobState
 from service.store.engine import Database
 from service.store.events import STATE_CHANGED
 from service.store.locks import insert_if_absent
-from service.store.schema import events, forgotten, jobs, logs, metric_chunks, steps
+from service.store.schema import events, forgotten, jobs, layer_samples, logs, metric_chunks, steps
 
 _PIECE = 2_000
 """Rows that go in one transaction: some 10 ms."""
@@ -34,6 +34,7 @@ class Told(StrEnum):
     """What is kept of a job, and may be forgotten, each for itself."""
 
     METRICS = "metrics"
+    """What was measured at steps, samples of layers among it."""
     LOGS = "logs"
     EVENTS = "events"
     """The bodies of events, which hold evaluations and drift; that they happened, when and where, stays."""
@@ -132,6 +133,12 @@ def _drop_metrics(connection: Connection, job_id: str, at: int, now: datetime) -
     if found:
         chosen = tuple_(c.rank, c.first_step).in_(found)
         connection.execute(delete(metric_chunks).where(c.job_id == job_id, chosen))
+        return 0
+    s = layer_samples.c
+    query = select(s.attempt, s.step).where(s.job_id == job_id).limit(_PIECE_OF_CHUNKS)
+    sampled = [tuple(row) for row in connection.execute(query)]
+    if sampled:
+        connection.execute(delete(layer_samples).where(s.job_id == job_id, tuple_(s.attempt, s.step).in_(sampled)))
         return 0
     return _drop_first_rows(connection, steps, job_id, "step")
 

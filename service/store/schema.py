@@ -220,6 +220,16 @@ metric_chunks = Table(
     Index("metric_chunks_by_end", "job_id", "last_step"),
 )
 
+layer_samples = Table(
+    "layer_samples",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    # A JSON document, compressed by zlib.
+    Column("body", LargeBinary, nullable=False),
+)
+
 forgotten = Table(
     "forgotten",
     metadata,

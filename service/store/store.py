@@ -1,6 +1,6 @@
 """JobStore: the one door to the service's memory, for any number of threads."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import EllipsisType
@@ -14,6 +14,7 @@ from service.jobs import (
     ANONYMOUS,
     Attempt,
     AuditEntry,
+    BatchNormSample,
     CheckpointSaved,
     Drift,
     Evaluation,
@@ -24,6 +25,7 @@ from service.jobs import (
     JobPage,
     JobSpec,
     JobState,
+    LayerHistory,
     LogRecord,
     MetricSeries,
     Phase,
@@ -39,6 +41,8 @@ from service.store import (
     glances,
     ingest,
     jobs,
+    layer_history,
+    layer_samples,
     leases,
     logs,
     pages,
@@ -488,6 +492,30 @@ class JobStore:
             jobs.require_job(connection, job_id)
             require_told(connection, job_id, Told.EVENTS)
             return checkups.drift_of(connection, job_id)
+
+    def samples(self, job_id: str) -> list[BatchNormSample]:
+        """Samples of the BatchNorm layers in order of steps; of a repeated step the latest attempt's."""
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.METRICS)
+            return layer_samples.samples_of(connection, job_id)
+
+    def layer_history(
+        self,
+        job_id: str,
+        *,
+        layer: str = "*",
+        metrics: Sequence[str] = ("*",),
+        first_step: int | None = None,
+        last_step: int | None = None,
+        max_points: int = 500,
+    ) -> LayerHistory:
+        """Numbers of the BatchNorm layers over steps; see `service.store.layer_history.layer_history`."""
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.EVENTS)
+            require_told(connection, job_id, Told.METRICS)
+            return layer_history.layer_history(connection, job_id, layer, metrics, first_step, last_step, max_points)
 
     # What is no longer kept
 

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 
 from service.jobs import (
+    BatchNormSample,
     Drift,
     Evaluation,
     IngestBatch,
     JobSpec,
     LayerDrift,
+    LayerSample,
     RankBatch,
     RankStarted,
     Scores,
@@ -69,6 +71,30 @@ def evaluation(step: int, loss: float = 0.5, accuracy: float = 0.75) -> Evaluati
 
 def drift(step: int, **mean_shifts: float) -> Drift:
     return Drift(step=step, num_population_images=640, layers=tuple(_layer(*item) for item in mean_shifts.items()))
+
+
+def sample(step: int, **max_abs_z: float) -> BatchNormSample:
+    return BatchNormSample(step=step, layers=tuple(_layer_sample(*item) for item in max_abs_z.items()))
+
+
+def _layer_sample(name: str, max_abs_z: float) -> LayerSample:
+    return LayerSample(
+        layer=name,
+        num_channels=4,
+        num_images=16,
+        positions_per_image=1,
+        design_effect=1.0,
+        mean_shift_noise=0.05,
+        share_beyond_3=0.0,
+        max_abs_z=max_abs_z,
+        max_abs_z_channel=2,
+        buffers_equal=True,
+        num_dead=1,
+        num_collapsed=0,
+        num_exploding=0,
+        num_muted=0,
+        dead=(3,),
+    )
 
 
 def _layer(name: str, rms_mean_shift: float) -> LayerDrift:
