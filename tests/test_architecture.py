@@ -22,7 +22,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/jobs": {"pydantic", "pydantic_core"},
     "service/reports": {"service.jobs", "numpy", "scipy"},
     "service/store": {"service.jobs", "service.errors", "pydantic", "sqlalchemy", "alembic", "numpy"},
-    "service/scheduler": {"service.jobs", "service.errors", "service.store", "pydantic", "structlog"},
+    "service/scheduler": {
+        "service.jobs",
+        "service.errors",
+        "service.store",
+        "service.reports",
+        "pydantic",
+        "structlog",
+    },
     "service/webhooks": {
         "service.jobs",
         "service.errors",

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 from service.jobs import Attempt, Job, JobState, Outcome, Phase, Reason, ReasonClass
 from service.scheduler.launcher import LaunchState, Observation
+from service.scheduler.rules import SUCCESSES, Ruling
 
 START_GRACE_S = 60.0
 """How much longer than its heartbeat limit an attempt may take to report for the first time."""
@@ -33,6 +34,10 @@ class Evidence:
     """When the attempt's last step was first seen, as far as it is known."""
     resumable_step: int | None = None
     """From which step the job could go on: of its last checkpoint, or 0 if it has not taken a step."""
+    ruling: Ruling | None = None
+    """What the job's own rules say of its run, where they were looked at."""
+    rules_are_behind: bool = False
+    """Whether the rules have more to read of a run that has ended."""
 
     @property
     def left_nothing(self) -> bool:
@@ -110,22 +115,37 @@ def _decide_cancelling(job: Job, evidence: Evidence) -> Decision:
 
 
 def _decide_pausing(job: Job, evidence: Evidence) -> Decision:
-    ended = evidence.attempt.ended
+    """What paused for a rule keeps what the rule said; where the rule is to succeed, it does once it has saved."""
+    ended, by_rule = evidence.attempt.ended, job.reason in SUCCESSES
     if ended is not None and ended.outcome is Outcome.SUCCEEDED:
+        if by_rule:
+            return Decision(JobState.SUCCEEDED, job.reason, job.detail)
         return Decision(JobState.SUCCEEDED, detail="it finished before the pause reached it")
     if not evidence.left_nothing:
         return _stop_if(evidence, _grace_is_over(job, evidence))
     if (step := _saved_at(evidence)) is not None:
-        return Decision(JobState.PAUSED, Reason.PAUSED_BY_USER, f"saved at step {step}")
+        to = JobState.SUCCEEDED if by_rule else JobState.PAUSED
+        return Decision(to, _pause_reason(job), _joined(job.detail, f"saved at step {step}"))
     reason, what = _why_not_saved(job, evidence)
     if reason.reason_class is ReasonClass.USER_ERROR:
         return Decision(JobState.FAILED, reason, what)
+    if by_rule:
+        detail = f"{what}; it goes on until its rule, {job.reason}, holds again"
+        return Decision(JobState.RECOVERING, reason, detail, keep_output=ended is None)
     if evidence.resumable_step is None:
         detail = f"{what}; there is no checkpoint to pause at, so it goes on"
         return Decision(JobState.RECOVERING, reason, detail, keep_output=ended is None)
     goes_on = f"from step {evidence.resumable_step}" if evidence.resumable_step else "from the beginning"
-    detail = f"{what}; a resume goes on {goes_on}"
-    return Decision(JobState.PAUSED, Reason.PAUSED_BY_USER, detail, keep_output=ended is None)
+    detail = _joined(job.detail, f"{what}; a resume goes on {goes_on}")
+    return Decision(JobState.PAUSED, _pause_reason(job), detail, keep_output=ended is None)
+
+
+def _pause_reason(job: Job) -> Reason:
+    return job.reason if job.reason and job.reason.reason_class is ReasonClass.RULE else Reason.PAUSED_BY_USER
+
+
+def _joined(rule: str, what: str) -> str:
+    return f"{rule} {what[0].upper()}{what[1:]}" if rule else what
 
 
 def _why_not_saved(job: Job, evidence: Evidence) -> tuple[Reason, str]:
@@ -150,9 +170,11 @@ def _decide_running(job: Job, evidence: Evidence) -> Decision:
     attempt, now = evidence.attempt, evidence.now
     if job.state is JobState.STARTING and attempt.num_ranks_started >= job.spec.num_workers:
         return Decision(JobState.RUNNING, phase=Phase.TRAINING)
+    if evidence.ruling is not None and evidence.ruling.reason is Reason.DIVERGED:
+        return Decision(JobState.FAILED, Reason.DIVERGED, evidence.ruling.detail, stop=True)
     if attempt.ended is not None:
         if attempt.ended.outcome is Outcome.SUCCEEDED:
-            return Decision(JobState.SUCCEEDED)
+            return WAIT if evidence.rules_are_behind else Decision(JobState.SUCCEEDED)
         return Decision(JobState.RECOVERING, attempt.ended.reason or Reason.RUNNER_LOST, attempt.ended.detail)
     if (late := _past_total(job, now) or _past_idle(job, evidence)) is not None:
         return late
@@ -167,6 +189,8 @@ def _decide_running(job: Job, evidence: Evidence) -> Decision:
     if silence_s > job.spec.timeouts.heartbeat_s + (0.0 if attempt.heartbeat_at else START_GRACE_S):
         detail = f"its runner has been silent for {silence_s:.0f} s, longer than heartbeat_s allows"
         return Decision(JobState.RECOVERING, Reason.NO_HEARTBEAT, detail, stop=True, keep_output=True)
+    if evidence.ruling is not None:
+        return Decision(JobState.PAUSING, evidence.ruling.reason, evidence.ruling.detail)
     return WAIT
 
 

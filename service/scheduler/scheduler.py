@@ -11,13 +11,14 @@ import structlog
 from pydantic import HttpUrl
 
 from service.errors import ClusterUnreachable, Conflict, FieldProblem, StoreUnavailable
-from service.jobs import Attempt, Job, JobSpec, JobState, LaunchRequest, Reason, attempt_id
+from service.jobs import Attempt, Job, JobSpec, JobState, LaunchRequest, Outcome, Reason, attempt_id
 from service.scheduler.admission import Admission, QuotaOf, Waiting, admit, unlimited
 from service.scheduler.decide import Decision, Evidence, decide, passed_deadline, within_budget
 from service.scheduler.launcher import ClusterCapacity, Launcher, Observation
 from service.scheduler.leadership import Leadership
 from service.scheduler.placement import has_room, placement_problems
 from service.scheduler.refusals import Refusals
+from service.scheduler.rule_watch import Look, RuleWatch
 from service.scheduler.sightings import Sightings
 from service.scheduler.wall_clock import WallClock, utc_now
 from service.store import JobStore, LeaseLost
@@ -52,6 +53,7 @@ class Scheduler:
         tick_s: float = 0.1,
         observe_every_s: float = 0.5,
         capacity_every_s: float = 5.0,
+        rules_every_s: float = 1.0,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._store = store
@@ -73,6 +75,7 @@ class Scheduler:
         self._heartbeats = Sightings()
         self._steps = Sightings()
         self._refusals = Refusals()
+        self._rules = RuleWatch(store, rules_every_s)
 
     @property
     def cluster_status(self) -> str:
@@ -113,6 +116,8 @@ class Scheduler:
         led = self._leadership.lease is not None
         if not self._leadership.hold():
             return False
+        if not led:
+            self._rules.forget_all_but()
         if self._clock.was_set() or not led:
             self._begin_to_listen()
         try:
@@ -207,6 +212,7 @@ class Scheduler:
 
     def _evidence(self, job: Job, attempt: Attempt, observation: Observation | None) -> Evidence:
         now, name = self._clock.now(), attempt_id(job.id, job.attempt)
+        look = self._look_at_rules(job, attempt)
         return Evidence(
             attempt=attempt,
             observation=observation,
@@ -215,7 +221,15 @@ class Scheduler:
             heard_at=self._heartbeats.since(name, attempt.heartbeat_at, now),
             last_step_at=self._steps.since(name, attempt.last_step, now),
             resumable_step=self._resumable_step(job) if job.state is JobState.PAUSING else None,
+            ruling=look.ruling,
+            rules_are_behind=look.behind,
         )
+
+    def _look_at_rules(self, job: Job, attempt: Attempt) -> Look:
+        if job.state is not JobState.RUNNING:
+            return Look()
+        finished = attempt.ended is not None and attempt.ended.outcome is Outcome.SUCCEEDED
+        return self._rules.look(job, time.monotonic(), is_last=finished)
 
     def _follow(self, job: Job, evidence: Evidence, active: Sequence[Job]) -> None:
         decision = decide(job, evidence)
@@ -265,6 +279,7 @@ class Scheduler:
         self._heartbeats.forget_all_but(names)
         self._steps.forget_all_but(names)
         self._refusals.forget_all_but({job.id for job in active})
+        self._rules.forget_all_but({job.id for job in active})
 
     # What follows
 

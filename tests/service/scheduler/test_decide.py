@@ -27,6 +27,7 @@ from service.scheduler import (
     passed_deadline,
     within_budget,
 )
+from service.scheduler.rules import Ruling
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SUCCEEDED = AttemptEnded(outcome=Outcome.SUCCEEDED)
@@ -35,9 +36,21 @@ LEFT = AttemptEnded(outcome=Outcome.STOPPED, detail="stopped by Ray with SIGTERM
 LOST = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.WORKER_LOST, detail="rank 1 on node a died")
 FULL = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.CHECKPOINT_FAILED, detail="no space left on device")
 WRONG = AttemptEnded(outcome=Outcome.FAILED, reason=Reason.TRAINING_ERROR, detail="ValueError: too few images")
+DIVERGED = Ruling(Reason.DIVERGED, "Diverged: the loss is nan at step 7.")
+AT_TARGET = Ruling(Reason.TARGET_REACHED, "Reached accuracy 0.9 after step 30.")
+AT_REST = Ruling(Reason.PLATEAU_REACHED, "Plateau: nothing moves.")
+DRIFTED = Ruling(Reason.DRIFT_LIMIT, "Layer bn: rms_mean_shift 0.3 is above its limit of 0.2 at step 30.")
 
 
-def job(state: JobState, *, since_s: float = 50.0, stop_saves: bool = False, **timeouts: float) -> Job:
+def job(
+    state: JobState,
+    *,
+    since_s: float = 50.0,
+    stop_saves: bool = False,
+    reason: Reason | None = None,
+    detail: str = "",
+    **timeouts: float,
+) -> Job:
     """A job submitted 100 s ago that has been in its state for ``since_s``."""
     spec = JobSpec(name="t", epochs=1, num_workers=2, timeouts=Timeouts(**timeouts))
     born = NOW - timedelta(seconds=100)
@@ -47,6 +60,8 @@ def job(state: JobState, *, since_s: float = 50.0, stop_saves: bool = False, **t
         state=state,
         state_since=NOW - timedelta(seconds=since_s),
         stop_saves=stop_saves,
+        reason=reason,
+        detail=detail,
         attempt=1,
         version=3,
         created_at=born,
@@ -64,6 +79,8 @@ def decision(
     listening_s: float = 1000.0,
     step_s: float | None = None,
     resumable_step: int | None = None,
+    ruling: Ruling | None = None,
+    behind: bool = False,
     **about_job: Any,
 ) -> Decision:
     heartbeat = None if silent_s is None else NOW - timedelta(seconds=silent_s)
@@ -82,6 +99,8 @@ def decision(
         listening_since=NOW - timedelta(seconds=listening_s),
         last_step_at=None if step_s is None else NOW - timedelta(seconds=step_s),
         resumable_step=resumable_step,
+        ruling=ruling,
+        rules_are_behind=behind,
     )
     return decide(job(state, **about_job), evidence)
 
@@ -160,6 +179,50 @@ S, L = JobState, LaunchState
         ((S.PAUSING, L.STOPPED, {"since_s": 61.0, "resumable_step": 0}), S.PAUSED, Reason.PAUSED_BY_USER),
         # an error of the user's own is told as what it is
         ((S.PAUSING, L.FAILED, {"ended": WRONG, "resumable_step": 20}), S.FAILED, Reason.TRAINING_ERROR),
+        # a rule of the job's own: divergence fails it, whatever else; others let it save first
+        ((S.RUNNING, L.RUNNING, {"ruling": DIVERGED}), S.FAILED, Reason.DIVERGED),
+        ((S.RUNNING, L.RUNNING, {"ruling": DIVERGED, "ended": SUCCEEDED}), S.FAILED, Reason.DIVERGED),
+        ((S.RUNNING, L.FAILED, {"ruling": DIVERGED, "ended": LOST}), S.FAILED, Reason.DIVERGED),
+        ((S.RUNNING, L.RUNNING, {"ruling": AT_TARGET}), S.PAUSING, Reason.TARGET_REACHED),
+        ((S.RUNNING, None, {"ruling": AT_REST}), S.PAUSING, Reason.PLATEAU_REACHED),
+        ((S.RUNNING, L.RUNNING, {"ruling": DRIFTED}), S.PAUSING, Reason.DRIFT_LIMIT),
+        # it came to its end before, or cannot save any more
+        ((S.RUNNING, L.RUNNING, {"ruling": AT_TARGET, "ended": SUCCEEDED}), S.SUCCEEDED, None),
+        ((S.RUNNING, L.RUNNING, {"behind": True, "ended": SUCCEEDED}), None, None),
+        ((S.RUNNING, L.FAILED, {"ruling": DRIFTED, "ended": LOST}), S.RECOVERING, Reason.WORKER_LOST),
+        ((S.RUNNING, L.UNKNOWN, {"ruling": AT_TARGET}), S.RECOVERING, Reason.RUNNER_LOST),
+        ((S.RUNNING, L.RUNNING, {"ruling": AT_TARGET, "silent_s": 61.0}), S.RECOVERING, Reason.NO_HEARTBEAT),
+        # what a rule let save succeeds, or stays paused
+        ((S.PAUSING, L.RUNNING, {"ended": SAVED, "reason": Reason.TARGET_REACHED}), None, None),
+        ((S.PAUSING, L.STOPPED, {"ended": SAVED, "reason": Reason.TARGET_REACHED}), S.SUCCEEDED, Reason.TARGET_REACHED),
+        (
+            (S.PAUSING, L.STOPPED, {"ended": SAVED, "reason": Reason.PLATEAU_REACHED}),
+            S.SUCCEEDED,
+            Reason.PLATEAU_REACHED,
+        ),
+        (
+            (S.PAUSING, L.RUNNING, {"ended": SUCCEEDED, "reason": Reason.TARGET_REACHED}),
+            S.SUCCEEDED,
+            Reason.TARGET_REACHED,
+        ),
+        ((S.PAUSING, L.STOPPED, {"ended": SAVED, "reason": Reason.DRIFT_LIMIT}), S.PAUSED, Reason.DRIFT_LIMIT),
+        ((S.PAUSING, L.RUNNING, {"ended": SUCCEEDED, "reason": Reason.DRIFT_LIMIT}), S.SUCCEEDED, None),
+        # without its checkpoint it has not succeeded, whatever older ones there are
+        (
+            (S.PAUSING, L.FAILED, {"ended": FULL, "resumable_step": 20, "reason": Reason.TARGET_REACHED}),
+            S.RECOVERING,
+            Reason.CHECKPOINT_FAILED,
+        ),
+        (
+            (S.PAUSING, L.STOPPED, {"since_s": 61.0, "resumable_step": 0, "reason": Reason.PLATEAU_REACHED}),
+            S.RECOVERING,
+            Reason.CHECKPOINT_FAILED,
+        ),
+        (
+            (S.PAUSING, L.FAILED, {"ended": LOST, "resumable_step": 20, "reason": Reason.DRIFT_LIMIT}),
+            S.PAUSED,
+            Reason.DRIFT_LIMIT,
+        ),
         # waiting and paused jobs are nobody's business here
         ((S.PAUSED, L.RUNNING), None, None),
         ((S.QUEUED, L.UNKNOWN), None, None),
@@ -209,6 +272,27 @@ def test_a_job_that_shall_save_is_left_alone_during_its_grace() -> None:
 )
 def test_a_pause_says_from_where_a_resume_goes_on(arguments: dict[str, Any], said: str) -> None:
     assert said in decision(S.PAUSING, L.STOPPED, **arguments).detail
+
+
+@pytest.mark.parametrize(
+    ("reason", "arguments", "said"),
+    [
+        (Reason.TARGET_REACHED, {"ended": SAVED}, "It is there. Saved at step 40"),
+        (Reason.TARGET_REACHED, {"ended": SUCCEEDED}, "It is there."),
+        (Reason.DRIFT_LIMIT, {"ended": SAVED}, "It is there. Saved at step 40"),
+        (Reason.DRIFT_LIMIT, {"ended": FULL, "resumable_step": 20}, "It is there. No space left on device; a resume"),
+        (Reason.PLATEAU_REACHED, {"ended": FULL}, "device; it goes on until its rule, plateau_reached, holds again"),
+    ],
+)
+def test_what_a_rule_said_is_kept(reason: Reason, arguments: dict[str, Any], said: str) -> None:
+    assert said in decision(S.PAUSING, L.STOPPED, reason=reason, detail="It is there.", **arguments).detail
+
+
+def test_a_diverged_run_is_stopped_and_others_are_told_to_save() -> None:
+    assert decision(S.RUNNING, L.RUNNING, ruling=DIVERGED) == Decision(
+        S.FAILED, Reason.DIVERGED, DIVERGED.detail, stop=True
+    )
+    assert decision(S.RUNNING, L.RUNNING, ruling=DRIFTED) == Decision(S.PAUSING, Reason.DRIFT_LIMIT, DRIFTED.detail)
 
 
 def test_a_cancelled_job_says_whether_it_was_saved() -> None:
