@@ -20,6 +20,7 @@ from service.api import (
     planning,
     principals,
     problems,
+    reports,
     retry,
     stream,
     telemetry,
@@ -86,6 +87,7 @@ def create_app(
     app.add_middleware(RequestIds)
     for module in (
         planning,
+        reports,
         jobs,
         bulk,
         lifecycle,

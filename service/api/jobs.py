@@ -1,4 +1,4 @@
-"""Jobs over HTTP: submit, look, list, report."""
+"""Jobs over HTTP: submit, look, list."""
 
 from typing import Annotated
 
@@ -12,8 +12,7 @@ from service.api.parts import ExistingJob, PartsOf, Store
 from service.api.problems import answers
 from service.api.submission import Submission
 from service.api.versions import tell_version
-from service.jobs import Job, JobPage, JobReport, JobState, Role
-from service.reports import JobRecord, report_job
+from service.jobs import Job, JobPage, JobState, Role
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -68,18 +67,3 @@ def list_jobs(
 async def show_job(job: ExistingJob, response: Response) -> Job:
     """The job as it stands, with how fresh that knowledge is; its `ETag` is its version."""
     return tell_version(response, job)
-
-
-@router.get("/{job_id}/report", summary="Report on a job", responses=answers(400, 401, 404, 410, 503))
-def report(job: ExistingJob, store: Store) -> JobReport:
-    """Whether the job converges, and whether its running statistics can be trusted."""
-    return report_job(
-        JobRecord(
-            job=job,
-            num_attempts=job.attempt,
-            losses=store.training_loss(job.id),
-            evaluations=store.evaluations(job.id),
-            drift=store.drift(job.id),
-            start=store.start_of(job.id),
-        )
-    )

@@ -19,7 +19,7 @@ from service.jobs import (
 )
 from service.store.downsample import MIN_POINTS, downsample
 from service.store.events import bodies_of_type
-from service.store.layer_samples import last_sample, raw_samples
+from service.store.layer_samples import newest_samples, raw_samples
 
 MAX_POINTS_TOGETHER = 100_000
 """The most points of all series in one answer: some 2 MB."""
@@ -55,12 +55,13 @@ def layer_history(
         raise NotFound(f"{job_id} has no BatchNorm layer {layer!r}; it has {', '.join(layers)}")
     chosen = [key for key in points if fnmatchcase(key[0], layer) and key[1] in wanted]
     most = min(max_points, max(MAX_POINTS_TOGETHER // max(len(chosen), 1), MIN_POINTS))
+    samples = newest_samples(connection, job_id, 1)
     replays = bodies_of_type(connection, job_id, "momentum_replay")
     return LayerHistory(
         layers=tuple(layers),
         metrics=tuple(name for name in LAYER_METRICS if any(metric == name for _, metric in points)),
         series=tuple(_series(*key, points[key], most) for key in sorted(chosen, key=_order(layers))),
-        last_sample=last_sample(connection, job_id),
+        last_sample=samples[-1][1] if samples else None,
         momentum_replay=MomentumReplay.model_validate_json(replays[-1][1]) if replays else None,
     )
 

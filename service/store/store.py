@@ -51,6 +51,7 @@ from service.store import (
 )
 from service.store.api_keys import ApiKeys
 from service.store.audit import AuditTrail, append_entry
+from service.store.checkups import FactT
 from service.store.cursors import cursors_of
 from service.store.engine import Database
 from service.store.glances import Glance
@@ -493,12 +494,26 @@ class JobStore:
             require_told(connection, job_id, Told.EVENTS)
             return checkups.drift_of(connection, job_id)
 
-    def samples(self, job_id: str) -> list[BatchNormSample]:
-        """Samples of the BatchNorm layers in order of steps; of a repeated step the latest attempt's."""
+    def facts(self, job_id: str, kind: type[FactT]) -> list[tuple[int, FactT]]:
+        """Every fact of one kind that became an event, with the rank that told it, in the order told."""
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.EVENTS)
+            return checkups.facts_of(connection, job_id, kind)
+
+    def evaluated_at(self, job_id: str) -> dict[int, datetime]:
+        """When the evaluation at each step was; of a repeated step the first."""
+        with self._database.read() as connection:
+            jobs.require_job(connection, job_id)
+            require_told(connection, job_id, Told.EVENTS)
+            return checkups.evaluated_at(connection, job_id)
+
+    def samples(self, job_id: str, newest: int = 500) -> list[tuple[int, BatchNormSample]]:
+        """The last so many samples of the layers with their attempts, in the order in which they were taken."""
         with self._database.read() as connection:
             jobs.require_job(connection, job_id)
             require_told(connection, job_id, Told.METRICS)
-            return layer_samples.samples_of(connection, job_id)
+            return layer_samples.newest_samples(connection, job_id, newest)
 
     def layer_history(
         self,

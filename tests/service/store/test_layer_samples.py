@@ -51,7 +51,7 @@ def test_samples_are_no_events_and_each_is_stored_once(store: JobStore) -> None:
     assert store.ingest(attempt_id(job.id, 1), token, repeated).next_seq == {0: 4}
     assert num_rows(store, job) == 3
     # NaN is equal to nothing, so as they travel.
-    found = [kept.model_dump_json() for kept in store.samples(job.id)]
+    found = [kept.model_dump_json() for _, kept in store.samples(job.id)]
     assert found == [kept.model_dump_json() for kept in (*told, sample(60, norm1=3.0))]
 
 
@@ -59,7 +59,8 @@ def test_of_a_repeated_step_the_latest_attempt_counts_in_any_order_of_arrival(st
     job, _ = running(store, sample(20, norm1=1.0), sample(40, norm1=2.0), sample(60, norm1=3.0))
     job, token = store.start_attempt(store.transition(job, JobState.RECOVERING, reason=Reason.WORKER_LOST))
     store.ingest(attempt_id(job.id, 2), token, batch([started(20), sample(40, norm1=7.0), sample(40, norm1=8.0)]))
-    assert [(kept.step, kept.layers[0].max_abs_z) for kept in store.samples(job.id)] == [(20, 1), (40, 8), (60, 3)]
+    taken = [(attempt, kept.step, kept.layers[0].max_abs_z) for attempt, kept in store.samples(job.id, newest=3)]
+    assert taken == [(1, 40, 2), (1, 60, 3), (2, 40, 8)]
     assert store.layer_history(job.id).last_sample == sample(40, norm1=8.0)
     assert series(store, job, "norm1", "sample/max_abs_z").values == (1, 8, 3)
 
