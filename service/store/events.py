@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import Connection, insert, select, update
 
 from service.jobs import JobEvent
-from service.store.lanes import anyone_listens, extend_lanes
+from service.store.lanes import anyone_listens, extend_lanes, is_told
 from service.store.schema import events, jobs
 
 STATE_CHANGED = "state_changed"
@@ -40,6 +40,7 @@ def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent]) 
     counted = update(jobs).where(jobs.c.id == job_id).values(num_events=jobs.c.num_events + len(new))
     asked = counted.returning(jobs.c.num_events, jobs.c.owner, anyone_listens().label("listened"))
     last, owner, listened = connection.execute(asked).one()
+    first = last - len(new) + 1
     rows = [
         {
             "job_id": job_id,
@@ -50,11 +51,11 @@ def append_events(connection: Connection, job_id: str, new: Sequence[NewEvent]) 
             "rank": e.rank,
             "body": e.body,
         }
-        for seq, e in enumerate(new, start=last - len(new) + 1)
+        for seq, e in enumerate(new, start=first)
     ]
     connection.execute(insert(events), rows)
     if listened:
-        numbered = [(seq, e.type) for seq, e in enumerate(new, start=last - len(new) + 1)]
+        numbered = [(seq, e.type) for seq, e in enumerate(new, start=first) if is_told(e.type, e.body)]
         extend_lanes(connection, job_id, owner, numbered)
 
 

@@ -18,6 +18,9 @@ from service.jobs import JobEvent, MessageJob, Role, Topic, Webhook, WebhookStat
 from service.store.principals import get_principal
 from service.store.schema import events, jobs, webhook_lanes, webhooks
 
+_ONLY_REPORTED = '"action":"report"'
+"""What the body of an exceeded limit holds that stands in the report alone; a name in it has escaped quotes."""
+
 _AT_ONCE = datetime(1970, 1, 1, tzinfo=UTC)
 """When a new lane is due: an attempt's clock, which tells the times of its events, may be wrong."""
 
@@ -37,6 +40,11 @@ class Pending:
 def anyone_listens() -> ColumnElement[bool]:
     """Whether any webhook is told of the job in whose statement this stands."""
     return exists(select(webhooks.c.id).where(*_listening(jobs.c.owner)).correlate(jobs))
+
+
+def is_told(event_type: str, body: str) -> bool:
+    """Whether webhooks are told of such events at all."""
+    return event_type != Topic.LIMIT_EXCEEDED or _ONLY_REPORTED not in body
 
 
 def extend_lanes(connection: Connection, job_id: str, owner: str, numbered: Sequence[tuple[int, str]]) -> None:
@@ -139,7 +147,8 @@ def _is_admin(connection: Connection, name: str) -> bool:
 
 def _next_event(connection: Connection, job_id: str, from_seq: int, hook: Webhook) -> JobEvent:
     """The first event from ``from_seq`` on that the webhook wants; there is one, or its lane would have ended."""
-    query = select(events).where(events.c.job_id == job_id, events.c.seq >= from_seq)
+    told = or_(events.c.type != Topic.LIMIT_EXCEEDED, events.c.body.not_like(f"%{_ONLY_REPORTED}%"))
+    query = select(events).where(events.c.job_id == job_id, events.c.seq >= from_seq, told)
     if Topic.EVERYTHING not in hook.events:
         query = query.where(events.c.type.in_(hook.events))
     row = connection.execute(query.order_by(events.c.seq).limit(1)).one()

@@ -6,7 +6,10 @@ import pytest
 
 from service.errors import NotFound, TooManyRequests
 from service.jobs import (
+    DriftMetric,
     JobState,
+    LimitAction,
+    LimitExceeded,
     PrincipalTerms,
     Role,
     Topic,
@@ -86,6 +89,24 @@ def test_a_webhook_is_told_what_it_wants_of_what_happens_after_its_making(store:
     assert tell_all(store, everything, clock) == [(job.id, seq) for seq in (3, 4, 5, 6)]
     assert tell_all(store, of_another, clock) == []
     assert store.webhooks.due() == []
+
+
+def test_a_limit_that_only_reports_is_told_to_nobody(store: JobStore, clock: Clock) -> None:
+    hooks = [store.webhooks.make(order(topic), "alice") for topic in (Topic.LIMIT_EXCEEDED, Topic.EVERYTHING)]
+    job = store.create(spec(), owner="alice")[0]
+    job, token = store.start_attempt(job)
+    for hook in hooks:
+        tell_all(store, hook, clock)
+    first = len(store.events(job.id)) + 1
+    actions = [LimitAction.REPORT, *LimitAction, LimitAction.REPORT]
+    name = '"action":"report"'  # which JSON escapes
+    common = {"limit": 0, "layer": name, "metric": DriftMetric.OUTPUT_ERROR, "value": 1.0, "above": 0.5}
+    facts = [LimitExceeded(step=10, action=action, **common) for action in actions]
+    store.ingest(attempt_id(job.id, 1), token, batch(facts))
+    told = [(job.id, first + i) for i, action in enumerate(actions) if action is not LimitAction.REPORT]
+    assert len(told) == 3
+    assert [tell_all(store, hook, clock) for hook in hooks] == [told, told]
+    assert len(store.events(job.id, after_seq=first - 1)) == len(actions)
 
 
 def test_everyones_jobs_are_told_only_while_the_owner_is_an_admin(store: JobStore, clock: Clock) -> None:
