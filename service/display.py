@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from service.client import Client
 from service.errors import InvalidRequest, ServiceError
-from service.jobs import ANONYMOUS, DriftColour, Job, JobReport, LogRecord, PlannedJob
+from service.jobs import ANONYMOUS, DriftColour, Job, JobFinding, JobReport, LogRecord, PlannedJob, Severity
 from service.jobs import Progress as JobProgress
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _COLOUR = {
     DriftColour.RED: "red",
     DriftColour.UNDECIDED: "dim",
 }
+_SEVERITY = {Severity.RED: "red", Severity.AMBER: "yellow", Severity.NOTE: "dim"}
 
 
 def print_error(console: Console, error: ServiceError) -> None:
@@ -112,27 +113,27 @@ def plan_panel(planned: PlannedJob) -> RenderableType:
 
 
 def report_panel(report: JobReport) -> RenderableType:
-    """The report as text: the verdicts first, then the numbers behind them."""
-    drift, convergence, last = report.drift, report.convergence, report.last_evaluation
+    """The report as text: the three numbers with their colours, what was found, what to change, then the rest."""
+    told = {report.drift.sentence, report.stale.sentence, report.ranks.sentence, report.convergence.sentence}
     rows = [
-        ("convergence", escape(convergence.sentence)),
-        ("drift", f"[bold {_COLOUR[drift.colour]}]{drift.colour}[/]: {escape(drift.sentence)}"),
-        *(("advice", escape(advice)) for advice in drift.advice),
+        ("damage", _coloured(report.drift.colour, report.drift.sentence)),
+        ("stale", _coloured(report.stale.colour, report.stale.sentence)),
+        ("ranks", _coloured(report.ranks.colour, report.ranks.sentence)),
+        ("convergence", escape(report.convergence.sentence)),
+        *(
+            (f"found ({finding.severity})", _found(finding))
+            for finding in report.findings
+            if finding.sentence not in told
+        ),
+        *((f"to do {number}", escape(advice)) for number, advice in enumerate(report.advice, start=1)),
+        ("overfitting", escape(report.overfitting.sentence) if report.evaluations else ""),
+        ("target", escape(report.target.sentence) if report.target else ""),
+        ("law of the loss", escape(report.decay.sentence) if report.decay.law else ""),
+        ("momentum", escape(report.momentum.sentence) if report.momentum else ""),
+        ("checkpoint", _coloured(report.checkpoint.colour, report.checkpoint.sentence) if report.checkpoint else ""),
+        *_scores(report),
+        ("steps", f"{report.num_steps} in {_duration(report.training_s)}, {report.num_attempts} attempt(s)"),
     ]
-    if last is not None:
-        rows += [
-            ("stored statistics", f"accuracy {_percent(last.stored.accuracy)}, loss {_number(last.stored.loss)}"),
-            (
-                "population statistics",
-                f"accuracy {_percent(last.population.accuracy)}, loss {_number(last.population.loss)}",
-            ),
-        ]
-    if drift.worst_layer is not None:
-        layer = drift.worst_layer
-        rows.append(("worst layer", f"{layer.layer}: running mean off by {_number(layer.rms_mean_shift)} sigma (rms)"))
-    if drift.max_rank_disagreement is not None:
-        rows.append(("ranks disagree by", f"{_number(drift.max_rank_disagreement)} sigma"))
-    rows.append(("steps", f"{report.num_steps} in {_duration(report.training_s)}, {report.num_attempts} attempt(s)"))
     state = f"{report.state}" + ("" if report.complete else ", not complete yet")
     return Panel(_rows(rows), title=f"{report.job_id}  {escape(report.name)}  ({state})", title_align="left")
 
@@ -199,6 +200,25 @@ def _compared(report: JobReport) -> dict[str, str]:
         "the training loss is": str(report.convergence.verdict),
         "the running statistics are": f"[{_COLOUR[report.drift.colour]}]{report.drift.colour}[/]",
     }
+
+
+def _coloured(colour: DriftColour, sentence: str) -> str:
+    return f"[bold {_COLOUR[colour]}]{colour}[/]: {escape(sentence)}"
+
+
+def _found(finding: JobFinding) -> str:
+    return f"[{_SEVERITY[finding.severity]}]{escape(finding.sentence)}[/]"
+
+
+def _scores(report: JobReport) -> list[tuple[str, str]]:
+    last = report.last_evaluation
+    if last is None:
+        return []
+    statistics = {"stored statistics": last.stored, "population statistics": last.population}
+    return [
+        (name, f"accuracy {_percent(scores.accuracy)}, loss {_number(scores.loss)}")
+        for name, scores in statistics.items()
+    ]
 
 
 def _show_progress(bar: Progress, task: TaskID, progress: JobProgress) -> None:

@@ -1,57 +1,64 @@
-"""What to change about a job whose stored statistics do damage: plain words with the number to set."""
+"""What to change about a job: plain words with the number to set."""
 
 import math
 
-from service.jobs import Drift, Evaluation, JobSpec, LayerDrift, Normalization
+from service.jobs import DriftColour, Evaluation, JobSpec, MomentumVerdict, Normalization, StaleCause, StaleVerdict
+from service.reports.margins import LEFT_OF_INITIAL, STALE_SHIFT
 
 SMALL_BATCH = 8
 """Images. Below it a batch statistic of a fully connected layer is mostly noise."""
-LEFT_OF_INITIAL = 0.01
-STALE_SHIFT = 0.05
 
 
-def recompute(evaluation: Evaluation) -> str:
-    """What population statistics would gain before shipping."""
+def recompute(evaluation: Evaluation, spec: JobSpec) -> str:
+    """What population statistics would gain before shipping; where checkpoints hold them, to ship those."""
     stored, population = evaluation.stored, evaluation.population
+    how = "Recompute the statistics before you ship (recompute_bn)"
+    if spec.recompute_bn:
+        how = "Ship the population statistics that the checkpoint holds (python -m service.training.ship)"
     return (
-        "Recompute the statistics before you ship: population statistics take the validation loss from "
+        f"{how}: population statistics take the validation loss from "
         f"{stored.loss:.4g} to {population.loss:.4g} and the accuracy from {stored.accuracy:.1%} to "
         f"{population.accuracy:.1%}."
     )
 
 
-def about_momentum(spec: JobSpec, drift: Drift, worst: LayerDrift) -> str | None:
-    """Which momentum suits the run, judged by the age of the running average; None where nothing is to gain.
+def against_staleness(spec: JobSpec, stale: StaleVerdict, momentum: MomentumVerdict | None) -> str:
+    """What cures the cause of stale statistics; a momentum that was replayed goes before one that is reckoned.
 
-    After t updates with momentum a, ``(1 - a)^t`` of a buffer is still its initial value. Once that is gone,
-    sampling noise of weights at rest leaves a shift of at most ``sqrt(a / (2 - a) / n)`` standard deviations for
-    normalization batches of n images; more than that is lag behind moving weights, ``(1 - a) / a`` steps.
+    After t updates with momentum a, ``(1 - a)^t`` of a buffer is still its initial value, and sampling leaves
+    ``sqrt(a / (2 - a) / n)`` standard deviations in it for n images to a statistic.
     """
-    momentum, images = spec.bn_momentum, spec.normalization_batch_size
-    steps = max(drift.step, 1)
-    initial = (1 - momentum) ** steps
-    if initial > LEFT_OF_INITIAL:
-        needed = 1 - LEFT_OF_INITIAL ** (1 / steps)
-        return (
-            f"bn_momentum {momentum:g} is too small for {steps} steps: {initial:.0%} of the stored statistics is "
-            f"still their initial value. Set it to at least {needed:.2g}."
-        )
-    if not worst.rms_mean_shift > STALE_SHIFT:
-        return None
-    noise = math.sqrt(momentum / (2 - momentum) / images)
-    if worst.rms_mean_shift > 2 * noise:
-        lag = (1 - momentum) / momentum
-        return (
-            f"The stored statistics trail the weights by about {lag:.3g} steps; let the learning rate fall towards "
-            "the end (schedule cosine), or recompute the statistics after training."
-        )
-    ratio = STALE_SHIFT**2 * images
-    calmer = max(2 * ratio / (1 + ratio), 1 - LEFT_OF_INITIAL ** (1 / steps))
-    remedy = f"Lower bn_momentum to {calmer:.2g}, or normalize" if calmer < momentum else "Normalize"
-    return (
-        f"A shift of {worst.rms_mean_shift:.2g} is what sampling noise gives at bn_momentum {momentum:g} and "
-        f"{images} images to a statistic (about {noise:.2g}). {remedy} over more images."
-    )
+    if momentum is not None and momentum.better is not None:
+        return momentum_to_use(momentum.better)
+    steps, used = max(stale.step or 1, 1), spec.bn_momentum
+    young = 1 - LEFT_OF_INITIAL ** (1 / steps)
+    match stale.cause:
+        case StaleCause.YOUNG if young > used:
+            return (
+                f"Raise bn_momentum from {used:g} to at least {young:.2g}, with which {steps} steps leave 1 % of the "
+                "initial value; or set recompute_bn."
+            )
+        case StaleCause.YOUNG:
+            return "Set recompute_bn: the running statistics have seen too few batches."
+        case StaleCause.NOISE:
+            images = spec.normalization_batch_size
+            calmer = max(2 * STALE_SHIFT**2 * images / (1 + STALE_SHIFT**2 * images), young)
+            more = f"normalize over more than {images} images"
+            if calmer < used:
+                return f"Lower bn_momentum from {used:g} to {calmer:.2g}, or {more}."
+            return f"To calm the statistics, {more}."
+        case StaleCause.LAG:
+            return (
+                "Let the learning rate fall towards the end (schedule cosine), or set recompute_bn: running statistics "
+                f"trail by about {(1 - used) / used:.3g} steps at bn_momentum {used:g}."
+            )
+        case None:
+            return ""
+
+
+def momentum_to_use(better: float) -> str:
+    """The replayed momentum, as something to set."""
+    return f"Set bn_momentum to {better:g}."
 
 
 def about_batch(spec: JobSpec) -> str | None:
@@ -66,3 +73,8 @@ def about_batch(spec: JobSpec) -> str | None:
     elif spec.normalization is Normalization.LOCAL and spec.num_workers > 1:
         remedy = f"set normalization to sync, over {spec.global_batch_size} images, or {remedy}"
     return f"Only {images} images share a batch statistic, which is then mostly noise: {remedy}."
+
+
+def is_harmful(colour: DriftColour) -> bool:
+    """Whether damage is shown."""
+    return colour in (DriftColour.AMBER, DriftColour.RED)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from service.jobs import DriftColour, Evaluation
+from service.jobs import Interval as Bootstrapped
 from service.reports.margins import practical_size
 
 Z_95 = 1.959964
@@ -14,16 +15,23 @@ RED_ACCURACY = 0.005
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of paired differences with its 95 % interval, by the normal approximation."""
+    """A mean of paired differences with its 95 % interval."""
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, mean: float, standard_error: float) -> "Interval":
-        """The interval ``mean +- 1.96 standard_error``; all NaN where a number is no number or the error negative."""
-        if not (math.isfinite(mean) and math.isfinite(standard_error) and standard_error >= 0):
+    def of(cls, mean: float, standard_error: float, bootstrapped: Bootstrapped | None = None) -> "Interval":
+        """The interval that a bootstrap gave or, without one, ``mean +- 1.96 standard_error``.
+
+        Both ends are NaN where a number is no number or the error negative.
+        """
+        if not math.isfinite(mean):
+            return cls(mean, math.nan, math.nan)
+        if bootstrapped and math.isfinite(bootstrapped.low) and math.isfinite(bootstrapped.high):
+            return cls(mean, bootstrapped.low, bootstrapped.high)
+        if not (math.isfinite(standard_error) and standard_error >= 0):
             return cls(mean, math.nan, math.nan)
         return cls(mean, mean - Z_95 * standard_error, mean + Z_95 * standard_error)
 
@@ -35,12 +43,12 @@ class Interval:
 
 def loss_damage(evaluation: Evaluation) -> Interval:
     """Stored minus population loss in nats."""
-    return Interval.of(evaluation.loss_damage, evaluation.loss_damage_se)
+    return Interval.of(evaluation.loss_damage, evaluation.loss_damage_se, evaluation.loss_damage_interval)
 
 
 def accuracy_damage(evaluation: Evaluation) -> Interval:
     """Population minus stored accuracy in shares of 1."""
-    return Interval.of(evaluation.accuracy_damage, evaluation.accuracy_damage_se)
+    return Interval.of(evaluation.accuracy_damage, evaluation.accuracy_damage_se, evaluation.accuracy_damage_interval)
 
 
 def colour_of(evaluation: Evaluation) -> DriftColour:

@@ -1,7 +1,11 @@
-"""How large a loss is taken to be when a share of it is to matter."""
+"""What is large enough to matter."""
 
 SMALLEST_LOSS = 0.1
 """Nats. A smaller loss counts as this one: a percentage of next to nothing matters to nobody."""
+STALE_SHIFT = 0.05
+"""Standard deviations, rms over the channels of a layer. Running means that are off by less are taken for right."""
+LEFT_OF_INITIAL = 0.01
+"""Share. With more of their initial value in them, running statistics are too young."""
 
 
 def practical_size(loss: float) -> float:

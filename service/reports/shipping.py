@@ -1,0 +1,58 @@
+"""Says what is known of the running statistics in the newest checkpoint."""
+
+import math
+from collections.abc import Sequence
+
+from service.jobs import CheckpointSaved, DriftColour, Evaluation, ShippingVerdict, StatisticsCertificate
+from service.reports.damage import AMBER_LOSS_SHARE
+from service.reports.margins import LEFT_OF_INITIAL, practical_size
+
+
+def judge_checkpoint(
+    checkpoints: Sequence[CheckpointSaved], evaluations: Sequence[Evaluation] = ()
+) -> ShippingVerdict | None:
+    """The verdict on the checkpoint that was told last; None without one.
+
+    Green: it holds population statistics too, or running ones that were measured at its own step and against which
+    nothing speaks. Amber: more than 1 % of them is their initial value, or they are shown to cost 1 % of the loss.
+    Undecided: not measured, or at another step. Cost: O(evaluations).
+    """
+    if not checkpoints:
+        return None
+    saved = checkpoints[-1]
+    certificate = saved.statistics
+    if certificate is None:
+        colour, sentence = DriftColour.UNDECIDED, "nothing was measured of its running statistics."
+    elif certificate.recomputed:
+        colour = DriftColour.GREEN
+        sentence = f"it also holds population statistics of {certificate.num_images} images: ship those."
+    else:
+        colour, sentence = _judge(certificate, saved.step, evaluations)
+    return ShippingVerdict(
+        colour=colour, sentence=f"Checkpoint of step {saved.step}: {sentence}", step=saved.step, certificate=certificate
+    )
+
+
+def _judge(certificate: StatisticsCertificate, step: int, evaluations: Sequence[Evaluation]) -> tuple[DriftColour, str]:
+    if not certificate.initial_weight <= LEFT_OF_INITIAL:
+        return DriftColour.AMBER, (
+            f"{certificate.initial_weight:.2g} of its running statistics is still what they began with, after "
+            f"{certificate.num_batches} batches."
+        )
+    interval, damage = certificate.loss_damage_interval, certificate.loss_damage
+    if damage is None or interval is None or not math.isfinite(damage):
+        return DriftColour.UNDECIDED, "what its running statistics cost was not measured."
+    measured = (
+        f"its running statistics change the validation loss by {damage:+.3g} nats (95 % interval {interval.low:+.3g} "
+        f"to {interval.high:+.3g}, step {certificate.evaluated_step})"
+    )
+    if interval.low > 0 and damage >= AMBER_LOSS_SHARE * _size(certificate, evaluations):
+        return DriftColour.AMBER, f"{measured}: ship population statistics instead."
+    if step not in (certificate.measured_step, certificate.evaluated_step):
+        return DriftColour.UNDECIDED, f"{measured}, but the weights are those of step {step}."
+    return DriftColour.GREEN, f"{measured}: nothing speaks against shipping them."
+
+
+def _size(certificate: StatisticsCertificate, evaluations: Sequence[Evaluation]) -> float:
+    losses = [e.population.loss for e in evaluations if e.step == certificate.evaluated_step]
+    return practical_size(losses[-1] if losses else 0.0)
