@@ -18,9 +18,8 @@ from service.jobs.spec import BUILTIN_DATA
 from service.reports import findings, statistics_findings
 from service.reports.attribution import drift_series, first_to_change, sample_series
 from service.reports.channels import last_samples, list_channels
-from service.reports.convergence import judge_convergence
+from service.reports.convergence import LossCourse
 from service.reports.damage import poor_under_both
-from service.reports.decay import fit_decay
 from service.reports.drift import judge_drift
 from service.reports.momentum import judge_momentum
 from service.reports.overfitting import judge_overfitting
@@ -43,7 +42,8 @@ def report_job(record: JobRecord) -> JobReport:
     job, losses, spec = record.job, record.losses, record.job.spec
     classes = record.start.num_classes if record.start else _classes_of(spec)
     ordered = tuple(sorted(record.evaluations, key=lambda e: e.step))
-    convergence = _convergence(record, classes)
+    course = _course(record, classes)
+    convergence = course.verdict(record.non_finite)
     drift = judge_drift(ordered, record.drift, spec, num_classes=classes)
     until = job.finished_at or job.heartbeat_at
     report = JobReport(
@@ -62,7 +62,7 @@ def report_job(record: JobRecord) -> JobReport:
         advice=(),
         convergence=_say_if_thinned(convergence, losses),
         overfitting=judge_overfitting(ordered),
-        decay=fit_decay(losses.steps, losses.values, warmup_steps=spec.schedule.warmup_steps),
+        decay=course.decay(),
         target=_target(record, ordered),
         channels=list_channels(record.samples),
         momentum=judge_momentum(record.momentum_replay),
@@ -94,15 +94,17 @@ def _find(report: JobReport, record: JobRecord, classes: int | None) -> Iterator
     )
 
 
-def _convergence(record: JobRecord, classes: int | None) -> Convergence:
-    return judge_convergence(
-        record.losses.steps,
-        record.losses.values,
+def _course(record: JobRecord, classes: int | None) -> LossCourse:
+    """The losses in order of their steps; of a step that comes twice the later one."""
+    course = LossCourse(
         classes,
         warmup_steps=record.job.spec.schedule.warmup_steps,
         total_steps=record.start.total_steps if record.start else None,
-        non_finite=record.non_finite,
     )
+    latest = dict(zip(record.losses.steps, record.losses.values, strict=True))
+    steps = sorted(latest)
+    course.add(steps, [latest[step] for step in steps])
+    return course
 
 
 def _target(record: JobRecord, evaluations: tuple[Evaluation, ...]) -> TimeToTarget | None:

@@ -28,7 +28,7 @@ def spec_of(**fields: Any) -> JobSpec:
 
 
 def record_of(spec: JobSpec | None = None, state: JobState = JobState.SUCCEEDED, **facts: Any) -> JobRecord:
-    """A record of ``facts`` and, if there are none of it, a loss that rests at 0.5 for 250 steps."""
+    """A record of ``facts`` and, if there are none of it, a loss that rests at 0.5 for 100 steps."""
     job = Job(
         id="job_1",
         spec=spec or spec_of(),
@@ -39,7 +39,7 @@ def record_of(spec: JobSpec | None = None, state: JobState = JobState.SUCCEEDED,
         state_since=BIRTH,
         updated_at=BIRTH,
     )
-    values = facts.pop("losses", (0.5,) * 250)
+    values = facts.pop("losses", (0.5,) * 100)
     losses = MetricSeries(
         name="loss", rank=None, steps=tuple(range(1, len(values) + 1)), values=values, num_points=len(values)
     )
