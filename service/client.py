@@ -11,6 +11,7 @@ import httpx2
 
 from service.errors import FieldProblem, InvalidRequest, ServiceError
 from service.jobs import (
+    ComparedMetric,
     Drift,
     Job,
     JobEvent,
@@ -18,9 +19,11 @@ from service.jobs import (
     JobReport,
     JobSpec,
     JobState,
+    LayerHistory,
     LogRecord,
     MetricSeries,
     PlannedJob,
+    SideBySide,
     Topic,
     Webhook,
     WebhookDelivery,
@@ -35,6 +38,9 @@ _PLANNING_S = 150.0
 
 _TRIAL_S = 30.0
 """The service gives a webhook 10 s to answer, and as long to resolve its name; then it says so itself."""
+
+_COMPARING_S = 120.0
+"""The service judges each of up to 64 jobs anew."""
 
 _WEBHOOKS = "/v1/webhooks"
 
@@ -247,6 +253,35 @@ class Client:
     def remove_webhook(self, hook_id: str) -> None:
         """Tell it nothing any more, not even what waits."""
         self._ask("DELETE", _webhook_path(hook_id))
+
+    def layers(
+        self,
+        job_id: str,
+        *,
+        layer: str = "*",
+        metrics: Sequence[str] = (),
+        first_step: int | None = None,
+        last_step: int | None = None,
+        max_points: int = 500,
+    ) -> LayerHistory:
+        """Numbers of the BatchNorm layers over steps, those that patterns such as ``drift/*`` name, or all."""
+        wanted = {
+            "layer": layer,
+            "metric": list(metrics) or None,
+            "first_step": first_step,
+            "last_step": last_step,
+            "max_points": max_points,
+        }
+        return LayerHistory.model_validate_json(self._ask("GET", f"{_path(job_id)}/bn", params=wanted).content)
+
+    def compare(self, job_ids: Sequence[str], metric: ComparedMetric = ComparedMetric.ACCURACY) -> SideBySide:
+        """2 to 64 jobs beside each other, and which of their settings did better over seeds.
+
+        Takes a fraction of a second for each job, of long ones more, whatever ``timeout_s`` is.
+        """
+        wanted = {"job": list(job_ids), "metric": metric}
+        answer = self._ask("GET", "/v1/jobs:compare", params=wanted, timeout=_COMPARING_S)
+        return SideBySide.model_validate_json(answer.content)
 
     def _follow(
         self, path: str, seen: int, patience_s: float, types: Collection[Topic] | None = None

@@ -69,6 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "service/client.py": {"service.jobs", "service.errors", "pydantic", "httpx2"},
     "service/display.py": {"service.jobs", "service.errors", "service.client", "service.doctor", "rich"},
+    "service/report_page": {"service.client", "service.jobs", "numpy", "matplotlib", "jinja2"},
     "service/__main__.py": {"service.commands"},
     "service/commands": {
         "service.jobs",
@@ -80,6 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.lock",
         "service.log",
         "service.memory",
+        "service.report_page",
         "service.settings",
         "service.store",
         "pydantic",
@@ -176,7 +178,7 @@ def test_the_forbidden_import_would_be_seen() -> None:
         ("service.webhooks", "torch ray fastapi"),
         ("service.training.loop, service.training.__main__", "fastapi sqlalchemy ray httpx2"),
         ("service.cluster.runner", "fastapi sqlalchemy"),
-        ("service.commands", "torch ray fastapi sqlalchemy"),
+        ("service.commands", "torch ray fastapi sqlalchemy matplotlib jinja2"),
         ("syncbn", "numpy.random pydantic service ray"),
     ],
 )

@@ -10,6 +10,7 @@ from service import display
 from service.commands.jobs import jobs_app
 from service.commands.keys import keys_app
 from service.commands.maintenance import maintenance_app
+from service.commands.reports import reports_app
 from service.commands.running import running_app
 from service.commands.steering import steering_app
 from service.commands.webhooks import webhooks_app
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(running_app)
 app.add_typer(jobs_app)
+app.add_typer(reports_app)
 app.add_typer(steering_app)
 app.add_typer(keys_app, name="keys")
 app.add_typer(webhooks_app, name="webhooks")
