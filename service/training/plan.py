@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from service.jobs import JobPlan, JobSpec, LayerPlan, Normalization, Outlook, Precision
+from service.jobs import JobPlan, JobSpec, LayerPlan, Normalization, Outlook, Precision, StopRule
 from service.training.dataset import load_dataset
 from service.training.models import build_model
 from service.training.sampler import BatchSampler
@@ -140,6 +140,13 @@ def _warnings(spec: JobSpec, layers: Sequence[LayerPlan], total_steps: int) -> I
             code="statistics_differ",
             message=f"each of {spec.num_workers} workers normalizes by its own {spec.batch_size_per_worker} images, "
             "and the running statistics that are kept are worker 0's; sync normalizes by all together",
+        )
+    if StopRule.PLATEAU in spec.stop_when and spec.schedule.name == "cosine":
+        yield Outlook(
+            pointer="/stop_when",
+            code="plateau_before_decay",
+            message="a loss that rests while the learning rate is high falls again as the cosine schedule lowers it, "
+            "and a plateau would end the run before; leave plateau out of stop_when, or take schedule constant",
         )
     if layers:
         noisiest = max(layers, key=lambda layer: layer.running_mean_noise)

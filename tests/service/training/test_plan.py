@@ -104,6 +104,15 @@ def test_a_short_noisy_run_needs_images_and_not_another_momentum() -> None:
     assert (warning.pointer, "take 9 images" in warning.message) == ("/batch_size_per_worker", True)
 
 
+def test_a_plateau_that_would_end_a_run_before_its_learning_rate_falls_is_warned_of() -> None:
+    codes = {
+        (name, rule): {warning.code for warning in plan(_spec(schedule={"name": name}, stop_when=[rule])).warnings}
+        for name in ("cosine", "constant")
+        for rule in ("plateau", "diverged")
+    }
+    assert [key for key in codes if "plateau_before_decay" in codes[key]] == [("cosine", "plateau")]
+
+
 def test_one_worker_exchanges_nothing() -> None:
     planned = plan(_spec(num_workers=1, batch_size_per_worker=64))
     assert (planned.exchange_bytes_per_step, planned.gradient_bytes_per_step) == (0, 0)
