@@ -50,9 +50,9 @@ class RankSurvey:
         """End a training step."""
         if self._listening is None:
             raise RuntimeError("this survey is closed; make a new one for more steps")
-        heard = self._listening.stop()
+        self._listening.stop()
+        self._steps.append(torch.cat([_packed(moments) for moments in self._listening.moments()]))
         self._listening = Listening(self._layers)
-        self._steps.append(torch.cat([_packed(layer.moments) for layer in heard]))
 
     def advice(self, *, seed: int = 0) -> SyncAdvice:
         """What the steps so far say, on every rank the same; all ranks must call. ``seed`` is that of its test.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -42,7 +41,8 @@ class RankContrast:
     ``1 / (1/n + 1/h)``, and z is a ratio of sums over steps: with two images a rank, the noise of a single step is too
     badly known to divide by. Where no rank ever had two images, the noise is what differences vary from step to step.
 
-    Shape: ``weights`` is ``(3, R)``; ``sums`` is ``(5, 2, R, C)``, the second dimension mean and variance. Float64.
+    Shape: ``weights`` is ``(3, R, 1)``, or ``(3, R, C)`` where channels of several layers stand in a row; ``sums`` is
+        ``(5, 2, R, C)``, the second dimension mean and variance. Float64.
     """
 
     num_steps: int
@@ -54,12 +54,28 @@ class RankContrast:
     @classmethod
     def empty(cls, num_ranks: int, num_channels: int, device: torch.device | str | None = None) -> RankContrast:
         """The contrast of no steps."""
-        weights = torch.zeros(3, num_ranks, dtype=torch.float64, device=device)
+        weights = torch.zeros(3, num_ranks, 1, dtype=torch.float64, device=device)
         return cls(0, weights, weights.new_zeros(5, 2, num_ranks, num_channels))
 
     def add(self, ranks: Sequence[ImageMoments]) -> RankContrast:
         """With one step more, of which ``ranks`` are the moments by rank. A rank without images has no part in it."""
-        return self.merge(_step(ranks))
+        return self.merge(RankContrast.of_step(ImageMoments.stacked(ranks)))
+
+    @classmethod
+    def of_step(cls, ranks: ImageMoments) -> RankContrast:
+        """The contrast of one step, of which ``ranks`` are the stacked moments (`ImageMoments.stacked`)."""
+        pooled = ranks.pooled()
+        images = ranks.num_images  # (R, 1) or (R, C), as all counts
+        weight = images * (pooled.num_images - images) / pooled.num_images.clamp(min=1)
+        degrees = (images - 1).clamp(min=0).sum(0)
+        weights = torch.stack([weight, weight * (degrees > 0), (weight > 0).double()])
+        squares, square_noise = ranks.spread_about(pooled.mean)
+        other_squares = _of_others(squares, ranks.num_values)
+        per_degree = 1 / (pooled.positions.square() * degrees.clamp(min=1))
+        differences = torch.stack([ranks.mean - _of_others(ranks.mean, ranks.num_values), squares - other_squares])
+        noise = torch.stack([ranks.sums[1].sum(0), square_noise.sum(0)]) * per_degree  # (2, C)
+        scales = torch.stack([pooled.var.expand_as(squares), other_squares])
+        return cls(1, weights, _sums(differences, noise.unsqueeze(1), degrees, scales, weights))
 
     def merge(self, other: RankContrast) -> RankContrast:
         """Of both together, of disjoint steps."""
@@ -70,7 +86,7 @@ class RankContrast:
         """Of the batch means, in standard deviations of the values."""
         difference, scale = self.sums[0, 0], self.sums[3, 0]
         z, degrees = self._in_standard_errors(0)
-        return Difference(z, degrees, difference / (self.weights[0].unsqueeze(1) * scale).sqrt())
+        return Difference(z, degrees, difference / (self.weights[0] * scale).sqrt())
 
     @property
     def variance(self) -> Difference:
@@ -89,36 +105,13 @@ class RankContrast:
         is: it pays for values that are not normally distributed.
         """
         difference, noise, squared_noise, _, squares = self.sums[:, quantity]
-        total, known, num_steps = self.weights.unsqueeze(2)
+        total, known, num_steps = self.weights
         is_known = known > 0
         between = (squares - difference.square() / total).clamp(min=0) / (num_steps - 1).clamp(min=1)
         variance = torch.where(is_known, noise / known, between) * total
         degrees = torch.where(is_known, noise.square() / squared_noise, num_steps - 1)
         is_comparable = (total > 0) & (degrees > 0)
         return torch.where(is_comparable, difference / variance.sqrt(), torch.nan), degrees
-
-
-def _step(ranks: Sequence[ImageMoments]) -> RankContrast:
-    """The contrast of one step."""
-    pooled = reduce(ImageMoments.merge, ranks)
-    images = torch.stack([rank.num_images for rank in ranks])  # (R,)
-    weight = images * (pooled.num_images - images) / pooled.num_images.clamp(min=1)
-    degrees = (images - 1).clamp(min=0).sum()
-    weights = torch.stack([weight, weight * (degrees > 0), (weight > 0).double()])
-    means = torch.stack([rank.mean for rank in ranks])
-    mean_noise = torch.stack([rank.sums[1] for rank in ranks]).sum(0)
-    spreads = [rank.spread_about(pooled.mean) for rank in ranks]
-    squares = torch.stack([square for square, _ in spreads])
-    square_noise = torch.stack([noise for _, noise in spreads]).sum(0)
-
-    counts = torch.stack([rank.num_values for rank in ranks])
-    other_squares = _of_others(squares, counts)
-    per_degree = 1 / (pooled.positions.square() * degrees.clamp(min=1))
-    rows = [
-        _sums(means - _of_others(means, counts), mean_noise * per_degree, degrees, pooled.var, weights),
-        _sums(squares - other_squares, square_noise * per_degree, degrees, other_squares, weights),
-    ]
-    return RankContrast(1, weights, torch.stack(rows, 1))
 
 
 def _least_skewed(excess: Tensor) -> Tensor:
@@ -133,14 +126,15 @@ def _least_skewed(excess: Tensor) -> Tensor:
 
 
 def _of_others(values: Tensor, counts: Tensor) -> Tensor:
-    """For each rank the mean over the values of all others, ``(R, C)``, from ``(R, C)`` and ``(R,)``."""
-    weighted, counts = values * counts.unsqueeze(1), counts.unsqueeze(1)
-    return (weighted.sum(0) - weighted) / (counts.sum() - counts).clamp(min=1)
+    """For each rank the mean over the values of all others, ``(R, C)``; ``counts`` are ``(R, 1)`` or ``(R, C)``."""
+    weighted = values * counts
+    return (weighted.sum(0) - weighted) / (counts.sum(0) - counts).clamp(min=1)
 
 
 def _sums(difference: Tensor, variance: Tensor, degrees: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
-    """``(5, R, C)``, see `RankContrast.sums`."""
-    weight, known = weights[0].unsqueeze(1), weights[1].unsqueeze(1)
-    noise = known * variance
+    """``(5, 2, R, C)``, see `RankContrast.sums`; of ``(2, R, C)`` each, or what broadcasts."""
+    weight, known, _ = weights
+    noise = (known * variance).expand_as(difference)
     squared_noise = noise.square() / degrees.clamp(min=1)
-    return torch.stack([weight * difference, noise, squared_noise, weight * scale, weight * difference.square()])
+    weighted = weight * difference
+    return torch.stack([weighted, noise, squared_noise, weight * scale, weighted * difference])

@@ -7,12 +7,13 @@ from how the means of single images differ, and not from how values do (a ratio 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from syncbn.kernels.aten import over_positions, statistics_dtype
+from syncbn.drift.image_sums import ImageSums
 
 _NUM_SCALARS = 3
 _NUM_ROWS = 7
@@ -26,7 +27,8 @@ class ImageMoments:
     ``(x - mean)^2``: sums over images of ``S``, ``S^2`` and, per channel, ``Q, T^2, TS, QT, QS, Q^2``.
 
     Shape: ``num_images``, ``num_values`` and ``num_squared`` are ``()``, ``mean`` is ``(C,)``, ``sums`` is ``(6, C)``;
-        float64 on one device. Nothing here waits for a GPU.
+        float64 on one device. Where channels of several layers stand in a row, the first three are ``(C,)``; of ranks
+        on top of each other all have ``R`` before ``C``. Nothing here waits for a GPU.
     Images without a valid position do not count. No images at all are neutral in every merge.
     """
 
@@ -43,19 +45,52 @@ class ImageMoments:
     def of(cls, input: Tensor, mask: Tensor | None = None) -> ImageMoments:
         """The moments of ``(N, C, *)``, or of its values where ``mask`` (``(N, *)`` or less of it) is True.
 
-        Cost: about two passes over ``input``, with a mask three; then ``O(NC)``.
+        Cost: that of `syncbn.drift.image_sums.ImageSums`; then ``O(NC)``.
         """
-        input = input.detach()
-        if input.numel() == 0:
-            return cls.empty(input.size(1), input.device)
-        positions, total, squares, center = _image_sums(input, mask)
-        return _about_own_mean(positions, total, squares, center)
+        return cls.of_layer(ImageSums.of(input, mask))
+
+    @classmethod
+    def of_layer(cls, sums: ImageSums) -> ImageMoments:
+        """The moments of one layer's images by their ``sums``."""
+        row = cls.of_sums(sums)
+        return cls(row.num_images[0], row.num_values[0], row.num_squared[0], row.mean, row.sums)
+
+    @classmethod
+    def of_sums(cls, sums: ImageSums) -> ImageMoments:
+        """The moments of images by their ``sums``, of any layers side by side: counts are by channel."""
+        s = sums.positions
+        num_values = s.sum(0)
+        shift = sums.total.sum(0) / num_values.clamp(min=1)
+        q = sums.squares - 2 * shift * sums.total + shift.square() * s
+        t = sums.total - shift * s
+        products = torch.stack([q, t * t, t * s, q * t, q * s, q * q]).sum(1)
+        return cls((s > 0).sum(0).double(), num_values, s.square().sum(0), sums.center + shift, products)
 
     @classmethod
     def empty(cls, num_channels: int, device: torch.device | str | None = None) -> ImageMoments:
         """The moments of no image at all."""
         size = _NUM_SCALARS + _NUM_ROWS * num_channels
         return cls.unpack(torch.zeros(size, dtype=torch.float64, device=device))
+
+    @classmethod
+    def stacked(cls, ranks: Sequence[ImageMoments]) -> ImageMoments:
+        """Those of one layer on each rank, on top of each other; counts are ``(R, 1)``, or by channel if they were."""
+        counts = [torch.stack([rank.num_images, rank.num_values, rank.num_squared]) for rank in ranks]
+        num_images, num_values, num_squared = torch.stack(counts, 1).view(3, len(ranks), -1)
+        mean = torch.stack([rank.mean for rank in ranks])
+        return cls(num_images, num_values, num_squared, mean, torch.stack([rank.sums for rank in ranks], 1))
+
+    def pooled(self) -> ImageMoments:
+        """Of stacked ranks together, as `merge` would have it."""
+        num_values = self.num_values.sum(0)
+        mean = (self.num_values / num_values.clamp(min=1) * self.mean).sum(0)
+        sums = self._sums_about(self.mean - mean).sum(1)
+        return ImageMoments(self.num_images.sum(0), num_values, self.num_squared.sum(0), mean, sums)
+
+    def of_channels(self, channels: slice | Tensor) -> ImageMoments:
+        """Some of the channels; all counts must be by channel."""
+        counts = (self.num_images[..., channels], self.num_values[..., channels], self.num_squared[..., channels])
+        return ImageMoments(*counts, self.mean[..., channels], self.sums[..., channels])
 
     @property
     def positions(self) -> Tensor:
@@ -164,33 +199,3 @@ def small_batch_var_bias(effect: Tensor, num_images: int, positions: int) -> Ten
 def _population_var(moments: ImageMoments) -> Tensor:
     """Unbiased under any correlation inside images: the variance about the mean that the batch only estimates."""
     return moments.var + moments.between_var / moments.num_images
-
-
-def _image_sums(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``S`` ``(N,)``; sums of ``x - center`` and of its square by image, ``(N, C)``; ``center`` ``(C,)``. Float64.
-
-    The center is near the mean and exact in the type of the values, so that the difference loses nothing.
-    """
-    values = input.to(statistics_dtype(input)).flatten(2) if input.dim() > 2 else input.to(statistics_dtype(input))
-    values = values.unsqueeze(2) if values.dim() == 2 else values  # (N, C, S)
-    valid = None if mask is None else over_positions(mask, input).expand(-1, 1, *input.shape[2:]).flatten(1)  # (N, S)
-    if valid is None:
-        center = values.mean((0, 2))
-        positions = values.new_full((values.size(0),), values.size(2), dtype=torch.float64)
-        deviation = values - center.unsqueeze(1)
-    else:
-        valid = valid.unsqueeze(1)
-        center = torch.where(valid, values, 0).sum((0, 2)) / valid.sum().clamp(min=1)
-        positions = valid.sum((1, 2), dtype=torch.float64)
-        deviation = torch.where(valid, values - center.unsqueeze(1), 0)
-    return positions, deviation.sum(2).double(), deviation.square().sum(2).double(), center.double()
-
-
-def _about_own_mean(positions: Tensor, total: Tensor, squares: Tensor, center: Tensor) -> ImageMoments:
-    num_values = positions.sum()
-    shift = total.sum(0) / num_values.clamp(min=1)
-    s = positions.unsqueeze(1)
-    q = squares - 2 * shift * total + shift.square() * s
-    t = total - shift * s
-    products = torch.stack([q, t * t, t * s, q * t, q * s, q * q]).sum(1)
-    return ImageMoments((positions > 0).sum().double(), num_values, positions.square().sum(), center + shift, products)

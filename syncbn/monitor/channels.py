@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from syncbn.drift.sampling import ImageMoments
+from syncbn.monitor.layout import Layout
 
 COLLAPSED_SHARE = 1e-6
 COLLAPSED_EPS = 10.0
@@ -18,7 +19,7 @@ EXPLODING_FACTOR = 1e3
 
 @dataclass(frozen=True, eq=False)
 class ChannelStates:
-    """Which channels are in which state; boolean, ``(C,)`` each.
+    """Which channels of all layers are in which state; boolean, ``(C,)`` each.
 
     ``exploding``: not finite, or their root mean square is beyond a thousand times what it once was.
     ``collapsed``: the variance is below a millionth of the median over the layer's channels, those that explode left
@@ -35,15 +36,14 @@ class ChannelStates:
 
 
 def channel_states(
-    moments: ImageMoments, weight_size: Tensor, num_positive: Tensor, eps: float, once: Tensor | None
+    layout: Layout, moments: ImageMoments, weight_size: Tensor, num_positive: Tensor, eps: Tensor, once: Tensor
 ) -> ChannelStates:
-    """The states of a layer fed ``moments``, whose root mean square was ``once`` (None: not known); all ``(C,)``."""
+    """The states of layers fed ``moments``, whose root mean square was ``once`` (NaN: not known); all ``(C,)``."""
     var, size = moments.var, root_mean_square(moments)
-    exploding = ~size.isfinite()
-    if once is not None:
-        exploding = exploding | (size > EXPLODING_FACTOR * once.clamp(min=eps**0.5))
-    median = torch.where(exploding, torch.nan, var).nanmedian()  # NaN if all do, which compares with nothing
-    collapsed = ~exploding & ((var < COLLAPSED_SHARE * median) | (var < COLLAPSED_EPS * eps))
+    exploding = ~size.isfinite() | (size > EXPLODING_FACTOR * torch.maximum(once, eps.sqrt()))
+    # NaN if all channels of a layer explode, which compares with nothing.
+    medians = layout.by_layer(torch.where(exploding, torch.nan, var), torch.nan).nanmedian(-1).values
+    collapsed = ~exploding & ((var < COLLAPSED_SHARE * medians[layout.layer_of]) | (var < COLLAPSED_EPS * eps))
     muted = ~exploding & ~collapsed & (weight_size < MUTED_WEIGHT)
     dead = ~(exploding | collapsed | muted) & (num_positive <= DEAD_SHARE * moments.num_values)
     return ChannelStates(dead, collapsed, exploding, muted)

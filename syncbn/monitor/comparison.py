@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from syncbn.drift.ranks import RankContrast
 from syncbn.drift.sampling import ImageMoments
 from syncbn.monitor.exclusion import without
 from syncbn.monitor.finding import RankFinding, RankQuantity
+from syncbn.monitor.layout import Layout
 from syncbn.monitor.normal_score import normal_score
 
 _CONSTANT = 1e-10  # of the mean square: below it a variance is rounding, and says as little as none
@@ -20,23 +20,36 @@ _QUANTITIES = (RankQuantity.MEAN, RankQuantity.VARIANCE)
 
 
 @dataclass(frozen=True, eq=False)
-class LayerContrast:
-    """The contrast of one layer, and in which channels values have varied in each step; boolean, ``(C,)``."""
+class JoinedContrast:
+    """The contrast of all layers in a row, ``(C,)`` channels, over some samples, of which a layer need not be in all.
+
+    ``varies``: in which channels values have varied in each sample. ``num_samples``: by channel, that it was in.
+    """
 
     contrast: RankContrast
     varies: Tensor
+    num_samples: Tensor
 
     @classmethod
-    def of_step(cls, ranks: Sequence[ImageMoments]) -> LayerContrast:
-        """Of one step, from the moments by rank."""
-        squares = torch.stack([rank.sums[0] for rank in ranks]).sum(0)
-        mean_squares = torch.stack([rank.num_values * rank.mean.square() for rank in ranks]).sum(0)
-        empty = RankContrast.empty(len(ranks), len(squares), squares.device)
-        return cls(empty.add(ranks), squares > _CONSTANT * mean_squares)
+    def of_step(cls, ranks: ImageMoments) -> JoinedContrast:
+        """Of one sample, from the stacked moments of ranks with their counts by channel."""
+        mean_squares = (ranks.num_values * ranks.mean.square()).sum(0)
+        varies = ranks.sums[0].sum(0) > _CONSTANT * mean_squares
+        return cls(RankContrast.of_step(ranks), varies, torch.ones_like(mean_squares))
 
-    def merge(self, other: LayerContrast) -> LayerContrast:
-        """Of both, of disjoint steps."""
-        return LayerContrast(self.contrast.merge(other.contrast), self.varies & other.varies)
+    def merge(self, other: JoinedContrast) -> JoinedContrast:
+        """Of both, of disjoint samples."""
+        num_samples = self.num_samples + other.num_samples
+        return JoinedContrast(self.contrast.merge(other.contrast), self.varies & other.varies, num_samples)
+
+    def spread(self, places: Tensor, num_channels: int) -> JoinedContrast:
+        """The same channels at ``places`` of a longer row, and no sample of all others."""
+        contrast, rows = self.contrast, (self.contrast.weights, self.contrast.sums, self.num_samples)
+        weights, sums, num_samples = (
+            row.new_zeros(*row.shape[:-1], num_channels).index_copy_(-1, places, row) for row in rows
+        )
+        varies = torch.ones(num_channels, dtype=torch.bool).index_copy_(0, places, self.varies)
+        return JoinedContrast(RankContrast(contrast.num_steps, weights, sums), varies, num_samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,23 +59,27 @@ class Comparison:
     ``t`` is Student's with ``degrees`` of freedom, 0 where nothing can be compared; ``size`` as in `RankFinding`.
     """
 
-    layers: Mapping[str, LayerContrast]
+    layout: Layout
     """In order of execution."""
+    joined: JoinedContrast
     t: Tensor
     degrees: Tensor
     size: Tensor
 
     @classmethod
-    def of(cls, layers: Mapping[str, LayerContrast]) -> Comparison:
+    def of(cls, layout: Layout, joined: JoinedContrast) -> Comparison:
         """Each rank against all others."""
-        means = [layer.contrast.mean for layer in layers.values()]
-        variances = [layer.contrast.variance for layer in layers.values()]
-        t, degrees, size = (
-            torch.stack([torch.cat([getattr(one, name) for one in row], dim=1) for row in (means, variances)])
-            for name in ("z", "degrees", "size")
-        )
-        known = torch.cat([layer.varies for layer in layers.values()]) & t.isfinite() & size.isfinite()
-        return cls(layers, torch.where(known, t, 0.0), torch.where(known, degrees, 1.0), torch.where(known, size, 0.0))
+        mean, variance = joined.contrast.mean, joined.contrast.variance
+        t, degrees = torch.stack([mean.z, variance.z]), torch.stack([mean.degrees, variance.degrees])
+        size = torch.stack([mean.size, variance.size])
+        known = joined.varies & t.isfinite() & size.isfinite()
+        t, degrees, size = torch.where(known, t, 0.0), torch.where(known, degrees, 1.0), torch.where(known, size, 0.0)
+        return cls(layout, joined, t, degrees, size)
+
+    @property
+    def num_tests(self) -> int:
+        """Of ranks and quantities, in the channels that were in any sample."""
+        return 2 * self.t.size(1) * int((self.joined.num_samples > 0).sum())
 
     def one_by_one(self, num_images: Tensor, threshold: float) -> Comparison:
         """The rank that differs most is taken out and the others compared without it, till none passes or two are left.
@@ -83,11 +100,8 @@ class Comparison:
 
     def _without(self, rank: int, share: Tensor, explained: Tensor) -> Comparison:
         """Of all ranks but one, less what is no more than a tenth of what is ``explained``, ``(2, R, C)``."""
-        layers = {
-            path: LayerContrast(without(layer.contrast, rank, share), layer.varies)
-            for path, layer in self.layers.items()
-        }
-        rest = Comparison.of(layers)
+        left = replace(self.joined, contrast=without(self.joined.contrast, rank, share))
+        rest = Comparison.of(self.layout, left)
         return replace(rest, t=torch.where(rest.t.abs() > _EXPLAINED * explained, rest.t, 0.0))
 
     @property
@@ -104,7 +118,7 @@ class Comparison:
         significant = z.abs() > threshold
         serious = significant & (self.size[:, rank].abs() >= min_size)
         quantity, channel = self._earliest(serious if serious.any() else significant, z)
-        path, channel_of_layer = self._place(channel)
+        path, channel_of_layer = self.layout.name(channel)
         return RankFinding(
             rank=rank,
             layer=path,
@@ -113,7 +127,7 @@ class Comparison:
             z=float(z[quantity, channel]),
             threshold=threshold,
             size=float(self.size[quantity, rank, channel]),
-            num_samples=self.layers[path].contrast.num_steps,
+            num_samples=int(self.joined.num_samples[channel]),
             min_size=min_size,
         )
 
@@ -123,20 +137,11 @@ class Comparison:
         The mean goes first, as the variance about the mean of all ranks follows it.
         """
         if candidates.any():
-            sizes = torch.tensor([len(layer.varies) for layer in self.layers.values()])
-            layer_of_channel = torch.arange(len(sizes)).repeat_interleave(sizes)
-            candidates = candidates & (layer_of_channel == layer_of_channel[candidates.any(0)].min())
+            layer_of = self.layout.layer_of
+            candidates = candidates & (layer_of == layer_of[candidates.any(0)].min())
             quantity = int(not candidates[0].any())
             return quantity, int(torch.where(candidates[quantity], z[quantity].abs(), -1.0).argmax())
         return divmod(int(z.abs().argmax()), z.size(1))
-
-    def _place(self, channel: int) -> tuple[str, int]:
-        """Path of the layer, and the channel in it, for a channel of all layers in a row."""
-        for path, layer in self.layers.items():
-            if channel < len(layer.varies):
-                return path, channel
-            channel -= len(layer.varies)
-        raise AssertionError("a channel beyond the last layer")
 
 
 def _explained(t: Tensor, share: Tensor, rank: int) -> Tensor:

@@ -18,7 +18,7 @@ def without(contrast: RankContrast, rank: int, share: Tensor) -> RankContrast:
     left = 1 - p_q - p
     growth = left / ((1 - p_q) * (1 - p))  # of the weight, (R, 1)
     sums, noise, squared_noise, scale, squares = contrast.sums.unbind()  # (2, R, C)
-    total = contrast.weights[0].unsqueeze(1)
+    total = contrast.weights[0]
     difference = sums / total
     own = difference[:, [rank]]
     new_total = total * growth
@@ -28,10 +28,10 @@ def without(contrast: RankContrast, rank: int, share: Tensor) -> RankContrast:
     new_scale = torch.stack([scale[0] * growth, others_square.clamp(min=0) * new_total])
     new_squares = new_sums.square() / new_total + (squares - sums.square() / total)
     changed = torch.stack([new_sums, noise * growth, squared_noise * growth.square(), new_scale, new_squares])
-    stays = (share == 0) | (torch.arange(len(share)) == rank)
-    weights = contrast.weights * torch.stack([growth[:, 0], growth[:, 0], torch.ones_like(share)])
+    stays = ((share == 0) | (torch.arange(len(share)) == rank)).unsqueeze(1)
+    weights = contrast.weights * torch.stack([growth, growth, torch.ones_like(growth)])
     return RankContrast(
         contrast.num_steps,
         torch.where(stays, contrast.weights, weights),
-        torch.where(stays.unsqueeze(1), contrast.sums, changed),
+        torch.where(stays, contrast.sums, changed),
     )

@@ -1,73 +1,109 @@
-"""Heard: what one layer was fed on one rank in one training step, as a vector that ranks can exchange."""
+"""Heard: what the layers of a model were fed in one training step, as a vector that ranks can exchange."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from syncbn.drift.sampling import ImageMoments
+from syncbn.monitor.layout import Layout
 
-_NUM_SCALARS = 5
+_NUM_BY_LAYER = 8
+_NUM_BY_CHANNEL = 10
 _MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator; what matters is that it is odd and has bits everywhere
 _DROPPED_BITS = 11  # every integer of the other 53 is a double
 
 
 @dataclass(frozen=True, eq=False)
 class Heard:
-    """All float64 on one device, and all zero or one where the layer did not run.
+    """Of ``L`` layers with ``C`` channels in a row; float64 on one device. Of several ranks with ``R`` in front.
 
-    Shape: the first five are ``()``, those per channel ``(C,)``.
+    Shape: ``by_layer`` is ``(8, L)``: the five of `num_calls` to `digest`, and the counts of `moments`. ``by_channel``
+        is ``(10, C)``: the three of `running_mean` to `num_positive`, and mean and sums of `moments`. Of a layer that
+        did not run all but the buffers are zero, and the weights one.
     """
 
-    num_calls: Tensor
-    place: Tensor
-    """In the order in which layers first ran."""
-    num_batches: Tensor
-    """That the running statistics had tracked before the step."""
-    num_updates: Tensor
-    """Of the running statistics in the step."""
-    digest: Tensor
-    """Of the running statistics after the step, see `digest_of`."""
-    running_mean: Tensor
-    """Before the step."""
-    weight_size: Tensor
-    """Of the layer's weight, without sign."""
-    num_positive: Tensor
-    """How many outputs are above zero."""
-    moments: ImageMoments
-    """Of the input."""
+    by_layer: Tensor
+    by_channel: Tensor
 
-    @staticmethod
-    def num_values(num_channels: int) -> int:
-        """Doubles of `pack`: ``10C + 8``."""
-        return _NUM_SCALARS + 3 * num_channels + 7 * num_channels + 3
+    @property
+    def num_calls(self) -> Tensor:
+        """By layer."""
+        return self.by_layer[..., 0, :]
+
+    @property
+    def place(self) -> Tensor:
+        """By layer: in the order in which layers first ran."""
+        return self.by_layer[..., 1, :]
+
+    @property
+    def num_batches(self) -> Tensor:
+        """By layer: that the running statistics had tracked before the step."""
+        return self.by_layer[..., 2, :]
+
+    @property
+    def num_updates(self) -> Tensor:
+        """By layer: of the running statistics in the step."""
+        return self.by_layer[..., 3, :]
+
+    @property
+    def digest(self) -> Tensor:
+        """By layer: of the running statistics after the step, see `digests_of`."""
+        return self.by_layer[..., 4, :]
+
+    @property
+    def num_images(self) -> Tensor:
+        """By layer."""
+        return self.by_layer[..., 5, :]
+
+    @property
+    def running_mean(self) -> Tensor:
+        """By channel: before the step."""
+        return self.by_channel[..., 0, :]
+
+    @property
+    def weight_size(self) -> Tensor:
+        """By channel: of the layer's weight, without sign."""
+        return self.by_channel[..., 1, :]
+
+    @property
+    def num_positive(self) -> Tensor:
+        """By channel: how many outputs are above zero."""
+        return self.by_channel[..., 2, :]
+
+    def moments(self, layout: Layout) -> ImageMoments:
+        """Of the inputs, with counts by channel; of ranks they are stacked."""
+        num_images, num_values, num_squared = self.by_layer[..., 5:, layout.layer_of].unbind(-2)
+        rows = self.by_channel[..., 3:, :].movedim(-2, 0)
+        return ImageMoments(num_images, num_values, num_squared, rows[0], rows[1:])
 
     def pack(self) -> Tensor:
-        """One vector, to be gathered."""
-        scalars = torch.stack([self.num_calls, self.place, self.num_batches, self.num_updates, self.digest])
-        return torch.cat([scalars, self.running_mean, self.weight_size, self.num_positive, self.moments.pack()])
+        """One vector of ``8L + 10C`` doubles, to be gathered."""
+        return torch.cat([self.by_layer.flatten(), self.by_channel.flatten()])
 
     @classmethod
-    def unpack(cls, vector: Tensor) -> Heard:
-        """Inverse of `pack`."""
-        num_channels = (vector.numel() - _NUM_SCALARS - 3) // 10
-        sizes = [_NUM_SCALARS, num_channels, num_channels, num_channels, 7 * num_channels + 3]
-        scalars, running_mean, weight_size, num_positive, moments = torch.split(vector, sizes)
-        calls, place, batches, updates, digest = scalars.unbind()
-        unpacked = ImageMoments.unpack(moments)
-        return cls(calls, place, batches, updates, digest, running_mean, weight_size, num_positive, unpacked)
+    def unpack(cls, rows: Tensor, num_layers: int) -> Heard:
+        """Of ``R`` ranks, from what they packed, ``(R, 8L + 10C)``."""
+        by_layer, by_channel = rows.tensor_split([_NUM_BY_LAYER * num_layers], dim=1)
+        by_layer = by_layer.reshape(len(rows), _NUM_BY_LAYER, num_layers)
+        return cls(by_layer, by_channel.reshape(len(rows), _NUM_BY_CHANNEL, -1))
 
 
-def digest_of(values: Tensor) -> Tensor:
-    """A number ``()`` for the bits of ``values``; others have the same by a chance of about 1e-16. No device waits.
+def digests_of(buffers: Sequence[Tensor], layer_of: Tensor, num_layers: int) -> Tensor:
+    """A number for the bits of each layer's ``buffers``, ``(L,)``; others have the same by a chance of about 1e-16.
 
     The sum of the bit patterns, each times an odd number of its own, modulo ``2 ** 64``; of that the upper 53 bits.
+    ``buffers`` are those of one kind, by layer, then those of the next; ``layer_of`` is that of a kind's ``(C,)``.
     """
-    bits = values.contiguous().view(_INTEGERS[values.element_size()]).flatten().long()
+    values = torch.cat(list(buffers))  # of mixed types the widest, which holds the others exactly
+    bits = values.view(_INTEGERS[values.element_size()]).long()
     factors = (2 * torch.arange(bits.numel(), device=bits.device) + 1) * _MULTIPLIER
-    return ((bits * factors).sum() >> _DROPPED_BITS).double()
+    kinds = layer_of.repeat(bits.numel() // max(1, layer_of.numel()))
+    sums = torch.zeros(num_layers, dtype=torch.int64, device=bits.device).index_add_(0, kinds, bits * factors)
+    return (sums >> _DROPPED_BITS).double()
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

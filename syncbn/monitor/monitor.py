@@ -17,11 +17,13 @@ from syncbn.batchnorm import SyncBatchNorm
 from syncbn.drift.sampling import ImageMoments
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import tracked_layers
-from syncbn.monitor.channels import channel_states, root_mean_square
+from syncbn.monitor.channels import ChannelStates, channel_states, root_mean_square
 from syncbn.monitor.doctor import RankDoctor
+from syncbn.monitor.finding import RankFinding
 from syncbn.monitor.heard import Heard
+from syncbn.monitor.layout import Layout
 from syncbn.monitor.listening import Listening
-from syncbn.monitor.sample import BatchNormSample, LayerSample, layer_sample
+from syncbn.monitor.sample import BatchNormSample, first_to_run, layer_samples
 
 _SETTLED_STEPS = 100  # from here on a layer's values are held to be of their usual size
 
@@ -56,6 +58,8 @@ class BatchNormMonitor:
         first_step: steps that were taken before, so that a run that is taken up again samples the same ones.
         process_group: whose ranks are compared; None for the default group, if there is one.
         false_alarms: probability that in a whole run any rank is found without a cause, see `RankDoctor`.
+        is_teller: whether `step` answers with samples on this rank; one that does not want them is spared all of their
+            cost but its part in the exchange. All ranks must have the same ``every`` all the same.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class BatchNormMonitor:
         first_step: int = 0,
         process_group: ProcessGroup | None = None,
         false_alarms: float = 0.01,
+        is_teller: bool = True,
     ) -> None:
         if every < 1 or first_step < 0:
             raise ValueError(f"every must be at least 1 and first_step at least 0, got {every} and {first_step}")
@@ -74,13 +79,16 @@ class BatchNormMonitor:
         self._num_steps = first_step
         self._group = peers(process_group)
         self._doctor = RankDoctor(1 if self._group is None else self._group.size(), false_alarms=false_alarms)
-        self._usual_size: dict[str, tuple[int, Tensor]] = {}
+        self._layout = Layout.of({path: layer.num_features for path, layer in self._layers.items()})
+        self._is_teller = is_teller
+        self._sized_at = [-1] * len(self._layers)
+        self._usual_size = torch.full((self._layout.num_channels,), torch.nan, dtype=torch.float64)
         self._listening: Listening | None = None
         self._is_detached = False
         self._prepare()
 
     def step(self) -> BatchNormSample | None:
-        """End a training step; its sample, on every rank the same, if it was to be sampled, else None.
+        """End a training step; its sample, the same on every rank that tells it, if it was to be sampled, else None.
 
         Call it after each step, on all ranks; where a sample is due they exchange.
 
@@ -90,9 +98,11 @@ class BatchNormMonitor:
         """
         listening, self._listening = self._listening, None
         self._num_steps += 1
-        heard = None if listening is None else listening.stop()
+        if listening is not None:
+            listening.stop()
         self._prepare()
-        return None if heard is None or not heard else self._sample(heard)
+        ranks = None if listening is None else self._exchanged(listening.heard(self._layout))
+        return None if ranks is None or not self._is_teller else self._sample(ranks)
 
     def detach(self) -> None:
         """Take off what hooks there are, for good: `step` then only counts. To be called on all ranks or none."""
@@ -111,64 +121,78 @@ class BatchNormMonitor:
 
     def _prepare(self) -> None:
         """Listen, if the step that begins is to be sampled."""
-        if not self._is_detached and (self._num_steps + 1) % self._every == 0:
+        if not self._is_detached and self._layers and (self._num_steps + 1) % self._every == 0:
             self._listening = Listening(self._layers)
 
-    def _sample(self, heard: Sequence[Heard]) -> BatchNormSample:
-        by_layer = self._exchanged(heard)
-        ran = {path: ranks for path, ranks in by_layer.items() if any(rank.num_calls > 0 for rank in ranks)}
-        paths = sorted(ran, key=lambda path: _mean_place(ran[path]))
-        samples = tuple(self._layer_sample(path, ran[path]) for path in paths if _num_images(ran[path]))
-        compared = self._compared(paths)
+    def _exchanged(self, heard: Heard) -> Heard:
+        """What each rank heard, on the CPU. Ranks that heard nothing join too: the others would wait for them."""
+        vector = heard.pack()
+        exchange = Exchange(f"sample of BatchNorm layers in step {self._num_steps}", num_values=vector.numel())
+        return Heard.unpack(gather_over_ranks(vector, self._group, exchange).cpu(), len(self._layers))
+
+    def _sample(self, ranks: Heard) -> BatchNormSample:
+        moments = ranks.moments(self._layout)
+        pooled = moments.pooled()
+        is_synchronized = [_is_synchronized(layer, self._group) for layer in self._layers.values()]
+        states = self._channel_states(ranks, pooled)
+        samples = layer_samples(self._layers, self._layout, ranks, pooled, states, is_synchronized)
+        ran = _in_order(ranks)
+        compared = _compared(ran, is_synchronized)
+        paths = list(self._layers)
         return BatchNormSample(
             step=self._num_steps,
-            layers=samples,
-            ranks=self._doctor.look({path: [rank.moments for rank in ran[path]] for path in compared}),
+            layers=tuple(samples[layer] for layer in ran if samples[layer].num_images),
+            ranks=self._findings([paths[layer] for layer in compared], moments),
             repeating_ranks=self._doctor.repeating_ranks,
-            differing_ranks=self._differing_ranks(ran),
-            not_compared=tuple(paths[len(compared) :]),
-            idle=tuple(path for path in self._layers if path not in ran),
+            differing_ranks=_differing_ranks({paths[n]: ranks.digest[:, n] for n in ran if is_synchronized[n]}),
+            not_compared=tuple(paths[layer] for layer in ran[len(compared) :]),
+            idle=tuple(path for number, path in enumerate(paths) if number not in set(ran)),
         )
 
-    def _exchanged(self, heard: Sequence[Heard]) -> dict[str, list[Heard]]:
-        """What each rank heard, by layer. Ranks that heard nothing join too: the others would wait for them."""
-        vector = torch.cat([layer.pack() for layer in heard])
-        exchange = Exchange(f"sample of BatchNorm layers in step {self._num_steps}", num_values=vector.numel())
-        rows = gather_over_ranks(vector, self._group, exchange).cpu()  # (W, K)
-        sizes = [Heard.num_values(layer.num_features) for layer in self._layers.values()]
-        parts = torch.split(rows, sizes, dim=1)
-        return {path: [Heard.unpack(row) for row in part] for path, part in zip(self._layers, parts, strict=True)}
+    def _findings(self, paths: Sequence[str], moments: ImageMoments) -> tuple[RankFinding, ...]:
+        if paths == list(self._layers):
+            return self._doctor.look_at_row(self._layout, moments)
+        layout = Layout.of({path: self._layout.sizes[path] for path in paths})
+        return self._doctor.look_at_row(layout, moments.of_channels(self._layout.places_of(paths)))
 
-    def _layer_sample(self, path: str, ranks: Sequence[Heard]) -> LayerSample:
-        layer = self._layers[path]
-        pooled = ranks[0].moments
-        for rank in ranks[1:]:
-            pooled = pooled.merge(rank.moments)
-        running = next(rank for rank in ranks if rank.num_calls > 0)
-        num_positive = torch.stack([rank.num_positive for rank in ranks]).sum(0)
-        states = channel_states(pooled, running.weight_size, num_positive, layer.eps, self._size_before(path, pooled))
-        return layer_sample(
-            path, layer, ranks, pooled, is_synchronized=_is_synchronized(layer, self._group), states=states
-        )
+    def _channel_states(self, ranks: Heard, pooled: ImageMoments) -> ChannelStates:
+        layout, usual = self._layout, self._usual_size
+        self._keep_sizes(pooled)
+        eps = torch.tensor([layer.eps for layer in self._layers.values()], dtype=torch.float64)[layout.layer_of]
+        weight_size = ranks.weight_size[first_to_run(ranks)[layout.layer_of], torch.arange(layout.num_channels)]
+        return channel_states(layout, pooled, weight_size, ranks.num_positive.sum(0), eps, usual)
 
-    def _size_before(self, path: str, moments: ImageMoments) -> Tensor | None:
-        """Root mean square of the channels in the first sample, or the first after they have settled."""
-        since, usual = self._usual_size.get(path, (-1, None))
-        size = root_mean_square(moments)
-        is_new = usual is None or since < _SETTLED_STEPS <= self._num_steps
-        if is_new and bool(size.isfinite().all()):
-            self._usual_size[path] = (self._num_steps, size)
-        return usual
+    def _keep_sizes(self, pooled: ImageMoments) -> None:
+        """The root mean square of each layer's channels in its first sample, or its first after they have settled."""
+        due = [at < 0 or at < _SETTLED_STEPS <= self._num_steps for at in self._sized_at]
+        if not any(due):
+            return
+        size = torch.where(pooled.num_images > 0, root_mean_square(pooled), torch.nan)
+        known = self._layout.by_layer(size.isfinite(), True).all(-1) & torch.tensor(due)
+        self._usual_size = torch.where(known[self._layout.layer_of], size, self._usual_size)
+        for layer in known.nonzero().flatten().tolist():
+            self._sized_at[layer] = self._num_steps
 
-    def _compared(self, paths: Sequence[str]) -> list[str]:
-        """Layers up to the first that is not synchronized, it included: what it is fed still passed no other one."""
-        local = [place for place, path in enumerate(paths) if not _is_synchronized(self._layers[path], self._group)]
-        return list(paths[: local[0] + 1] if local else paths)
 
-    def _differing_ranks(self, ran: Mapping[str, Sequence[Heard]]) -> dict[str, tuple[int, ...]]:
-        synchronized = {p: ranks for p, ranks in ran.items() if _is_synchronized(self._layers[p], self._group)}
-        differing = {path: _outvoted([float(rank.digest) for rank in ranks]) for path, ranks in synchronized.items()}
-        return {path: ranks for path, ranks in differing.items() if ranks}
+def _in_order(ranks: Heard) -> list[int]:
+    """Layers that ran on any rank, in the order in which they did: on the mean over those ranks."""
+    ran = ranks.num_calls > 0
+    num_ranks = ran.sum(0)
+    place = (ranks.place * ran).sum(0) / num_ranks
+    layers: list[int] = num_ranks.nonzero().flatten().tolist()
+    return sorted(layers, key=place.tolist().__getitem__)
+
+
+def _compared(layers: Sequence[int], is_synchronized: Sequence[bool]) -> Sequence[int]:
+    """Layers up to the first that is not synchronized, it included: what it is fed still passed no other one."""
+    local = [place for place, layer in enumerate(layers) if not is_synchronized[layer]]
+    return layers[: local[0] + 1] if local else layers
+
+
+def _differing_ranks(digests: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """By layer who has another digest than most; layers where none has are left out."""
+    differing = {path: _outvoted(of_ranks.tolist()) for path, of_ranks in digests.items()}
+    return {path: ranks for path, ranks in differing.items() if ranks}
 
 
 def _is_synchronized(layer: _BatchNorm, group: ProcessGroup | None) -> bool:
@@ -179,15 +203,6 @@ def _is_synchronized(layer: _BatchNorm, group: ProcessGroup | None) -> bool:
         return False
     members = dist.get_process_group_ranks(layer.process_group)
     return set(dist.get_process_group_ranks(group)) <= set(members)
-
-
-def _mean_place(ranks: Sequence[Heard]) -> float:
-    places = [float(rank.place) for rank in ranks if rank.num_calls > 0]
-    return sum(places) / len(places)
-
-
-def _num_images(ranks: Sequence[Heard]) -> int:
-    return int(sum(float(rank.moments.num_images) for rank in ranks))
 
 
 def _outvoted(digests: Sequence[float]) -> tuple[int, ...]:

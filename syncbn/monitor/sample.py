@@ -14,6 +14,7 @@ from syncbn.drift.sampling import ImageMoments, design_effect
 from syncbn.monitor.channels import ChannelStates
 from syncbn.monitor.finding import RankFinding
 from syncbn.monitor.heard import Heard
+from syncbn.monitor.layout import Layout
 from syncbn.monitor.normal_score import normal_score
 
 MAX_NAMED = 32
@@ -80,43 +81,96 @@ class BatchNormSample:
     idle: tuple[str, ...] = ()
 
 
-def layer_sample(
-    path: str,
-    layer: _BatchNorm,
-    ranks: Sequence[Heard],
+def layer_samples(
+    layers: Mapping[str, _BatchNorm],
+    layout: Layout,
+    ranks: Heard,
     pooled: ImageMoments,
-    *,
-    is_synchronized: bool,
     states: ChannelStates,
-) -> LayerSample:
-    """The numbers of one layer that was fed ``pooled`` on all ``ranks`` together, at least one image."""
-    source = ranks[0] if not is_synchronized else next(rank for rank in ranks if rank.num_calls > 0)
-    batch = pooled if is_synchronized else source.moments
-    usable = ~(states.collapsed | states.exploding)
-    update_noise = _update_noise(layer.momentum, int(source.num_batches)) * source.num_updates.clamp(min=1)
+    is_synchronized: Sequence[bool],
+) -> list[LayerSample]:
+    """One of each layer, fed ``pooled`` on all ranks together; all NaN where that is nothing."""
+    numbers = _numbers(layers, layout, ranks, pooled, ~(states.collapsed | states.exploding), is_synchronized)
+    of_states = torch.stack([states.dead, states.collapsed, states.exploding, states.muted])
+    counts = layout.by_layer(of_states, False).sum(-1).T.tolist()
+    are_equal = (ranks.digest == ranks.digest[0]).all(0).tolist()
+    num_images = ranks.num_images.sum(0).tolist()
+    positions = pooled.positions[layout.starts].tolist()
+    return [
+        LayerSample(
+            layer=path,
+            num_channels=layout.sizes[path],
+            num_images=int(num_images[number]),
+            positions_per_image=round(positions[number]),
+            design_effect=row[0],
+            mean_shift_noise=row[1],
+            share_beyond_3=row[2],
+            max_abs_z=row[3],
+            max_abs_z_channel=int(row[4]),
+            buffers_equal=are_equal[number],
+            num_dead=counts[number][0],
+            num_collapsed=counts[number][1],
+            num_exploding=counts[number][2],
+            num_muted=counts[number][3],
+            **_named(of_states[:, layout.slice_of(number)]) if any(counts[number]) else {},
+        )
+        for number, (path, row) in enumerate(zip(layers, numbers, strict=True))
+    ]
+
+
+def _numbers(
+    layers: Mapping[str, _BatchNorm],
+    layout: Layout,
+    ranks: Heard,
+    pooled: ImageMoments,
+    usable: Tensor,
+    is_synchronized: Sequence[bool],
+) -> list[list[float]]:
+    """By layer: design effect, noise, share beyond 3, largest z and its channel; of ``usable`` channels, ``(C,)``."""
+    synchronized = torch.tensor(is_synchronized)
+    source = torch.where(synchronized, first_to_run(ranks), 0)
+    every = torch.arange(len(layers))
+    of_source = ranks.by_layer[source, :, every]  # (L, 8)
+    update_noise = torch.tensor(
+        [_update_noise(layer.momentum, int(of_source[number, 2])) for number, layer in enumerate(layers.values())],
+        dtype=torch.float64,
+    ) * of_source[:, 3].clamp(min=1)
+    batch = pooled if all(is_synchronized) else _chosen(synchronized[layout.layer_of], pooled, ranks.moments(layout))
+    running_mean = ranks.running_mean[source[layout.layer_of], torch.arange(layout.num_channels)]
+    update_noise = update_noise[layout.layer_of]
     error = (batch.between_var * (1 + update_noise) / batch.num_images).sqrt()
-    z = normal_score((batch.mean - source.running_mean) / error, batch.num_images - 1)[usable].abs()
-    noise = (batch.between_var * update_noise / (batch.num_images * batch.var))[usable]
-    channels = usable.nonzero().flatten()
-    return LayerSample(
-        layer=path,
-        num_channels=layer.num_features,
-        num_images=int(pooled.num_images),
-        positions_per_image=round(float(pooled.positions)),
-        design_effect=float(design_effect(pooled)[usable].nanmedian()) if len(z) else torch.nan,
-        mean_shift_noise=float(noise.mean().sqrt()),
-        share_beyond_3=_share_beyond(z, 3.0),
-        max_abs_z=float(z.max()) if len(z) else torch.nan,
-        max_abs_z_channel=int(channels[z.argmax()]) if len(z) else 0,
-        buffers_equal=all(bool(rank.digest == ranks[0].digest) for rank in ranks),
-        num_dead=int(states.dead.sum()),
-        num_collapsed=int(states.collapsed.sum()),
-        num_exploding=int(states.exploding.sum()),
-        num_muted=int(states.muted.sum()),
-        dead=_named(states.dead),
-        collapsed=_named(states.collapsed),
-        exploding=_named(states.exploding),
-        muted=_named(states.muted),
+    z = normal_score((batch.mean - running_mean) / error, batch.num_images - 1).abs()
+    noise = batch.between_var * update_noise / (batch.num_images * batch.var)
+
+    num_usable = layout.by_layer(usable, False).sum(-1)
+    largest, channel = layout.by_layer(torch.where(usable, z, -torch.inf), -torch.inf).max(-1)
+    summed = [((z > 3.0) & usable).double(), (~z.isfinite() & usable).double(), torch.where(usable, noise, 0)]
+    beyond, unknown, total_noise = layout.by_layer(torch.stack(summed), 0).sum(-1)
+    effects = layout.by_layer(torch.where(usable, design_effect(pooled), torch.nan), torch.nan)
+    columns = [
+        effects.nanmedian(-1).values,
+        (total_noise / num_usable).sqrt(),
+        torch.where(unknown > 0, torch.nan, beyond / num_usable),
+        torch.where(num_usable > 0, largest, torch.nan),
+        channel.double(),
+    ]
+    rows: list[list[float]] = torch.stack(columns, 1).tolist()
+    return rows
+
+
+def first_to_run(ranks: Heard) -> Tensor:
+    """By layer the first rank where it ran, ``(L,)``; 0 if it ran on none."""
+    return (ranks.num_calls > 0).int().argmax(0)
+
+
+def _chosen(synchronized: Tensor, pooled: ImageMoments, ranks: ImageMoments) -> ImageMoments:
+    """``pooled`` for the channels of layers that are synchronized, and those of rank 0 for the others."""
+    return ImageMoments(
+        torch.where(synchronized, pooled.num_images, ranks.num_images[0]),
+        torch.where(synchronized, pooled.num_values, ranks.num_values[0]),
+        torch.where(synchronized, pooled.num_squared, ranks.num_squared[0]),
+        torch.where(synchronized, pooled.mean, ranks.mean[0]),
+        torch.where(synchronized, pooled.sums, ranks.sums[:, 0]),
     )
 
 
@@ -126,9 +180,9 @@ def _update_noise(momentum: float | None, num_batches: int) -> float:
     return (1 - initial_weight(momentum, num_batches) ** 2) / batches if batches else torch.inf
 
 
-def _share_beyond(z: Tensor, limit: float) -> float:
-    return float((z > limit).double().mean()) if z.isfinite().all() else torch.nan
-
-
-def _named(channels: Tensor) -> tuple[int, ...]:
-    return tuple(channels.nonzero().flatten()[:MAX_NAMED].tolist())
+def _named(states: Tensor) -> dict[str, tuple[int, ...]]:
+    """The first channels of a layer in each of the states, ``(4, its channels)``."""
+    names = ("dead", "collapsed", "exploding", "muted")
+    return {
+        name: tuple(state.nonzero().flatten()[:MAX_NAMED].tolist()) for name, state in zip(names, states, strict=True)
+    }
