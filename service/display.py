@@ -1,6 +1,6 @@
 """What the command line shows to people: tables, panels and the live progress bar."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -114,23 +114,17 @@ def plan_panel(planned: PlannedJob) -> RenderableType:
 
 def report_panel(report: JobReport) -> RenderableType:
     """The report as text: the three numbers with their colours, what was found, what to change, then the rest."""
-    told = {report.drift.sentence, report.stale.sentence, report.ranks.sentence, report.convergence.sentence}
+    first = {report.drift.sentence, report.stale.sentence, report.ranks.sentence, report.convergence.sentence}
+    found = [finding for finding in report.findings if finding.sentence not in first]
+    told = {finding.sentence for finding in found}
     rows = [
         ("damage", _coloured(report.drift.colour, report.drift.sentence)),
         ("stale", _coloured(report.stale.colour, report.stale.sentence)),
         ("ranks", _coloured(report.ranks.colour, report.ranks.sentence)),
         ("convergence", escape(report.convergence.sentence)),
-        *(
-            (f"found ({finding.severity})", _found(finding))
-            for finding in report.findings
-            if finding.sentence not in told
-        ),
+        *((f"found ({finding.severity})", _found(finding)) for finding in found),
         *((f"to do {number}", escape(advice)) for number, advice in enumerate(report.advice, start=1)),
-        ("overfitting", escape(report.overfitting.sentence) if report.evaluations else ""),
-        ("target", escape(report.target.sentence) if report.target else ""),
-        ("law of the loss", escape(report.decay.sentence) if report.decay.law else ""),
-        ("momentum", escape(report.momentum.sentence) if report.momentum else ""),
-        ("checkpoint", _coloured(report.checkpoint.colour, report.checkpoint.sentence) if report.checkpoint else ""),
+        *((name, escape(sentence)) for name, sentence in _other_verdicts(report) if sentence not in told),
         *_scores(report),
         ("steps", f"{report.num_steps} in {_duration(report.training_s)}, {report.num_attempts} attempt(s)"),
     ]
@@ -203,7 +197,20 @@ def _compared(report: JobReport) -> dict[str, str]:
 
 
 def _coloured(colour: DriftColour, sentence: str) -> str:
-    return f"[bold {_COLOUR[colour]}]{colour}[/]: {escape(sentence)}"
+    return f"[bold {_COLOUR[colour]}]{colour}[/]: {escape(sentence.removeprefix('Undecided: '))}"
+
+
+def _other_verdicts(report: JobReport) -> Iterator[tuple[str, str]]:
+    if report.evaluations:
+        yield "overfitting", report.overfitting.sentence
+    if report.target is not None:
+        yield "target", report.target.sentence
+    if report.decay.law is not None:
+        yield "law of the loss", report.decay.sentence
+    if report.momentum is not None:
+        yield "momentum", report.momentum.sentence
+    if report.checkpoint is not None:
+        yield "checkpoint", report.checkpoint.sentence
 
 
 def _found(finding: JobFinding) -> str:

@@ -87,7 +87,7 @@ class RanksVerdict(View):
 
 
 class ChannelState(StrEnum):
-    """What can be wrong with a channel, by what the last samples show; `syncbn.monitor` defines each."""
+    """What can be wrong with a channel; `syncbn.monitor` defines each."""
 
     DEAD = "dead"
     COLLAPSED = "collapsed"
@@ -96,7 +96,7 @@ class ChannelState(StrEnum):
 
 
 class LayerChannels(View):
-    """The channels of one layer that are in one state in each of the last samples, up to three."""
+    """The channels of one layer that were in one state in each of the last samples, three or more."""
 
     layer: str
     state: ChannelState

@@ -37,8 +37,6 @@ def judge_drift(
     sentences = [_damage_sentence(colour, last, loss, accuracy)]
     if poor_under_both(last, num_classes):
         sentences.append(_poor_sentence(last, spec))
-    if worst is not None:
-        sentences.append(f"The worst layer is {worst.layer}: its mean is off by {worst.rms_mean_shift:.3g} sd (rms).")
     return DriftVerdict(
         colour=colour,
         sentence=" ".join(sentences),

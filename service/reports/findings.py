@@ -22,7 +22,7 @@ from service.jobs import (
 
 _KINDS, _SEVERITIES = tuple(FindingKind), tuple(Severity)
 _MANY = 0.1
-"""Share of a layer's channels from which on it is more than a note that they do nothing."""
+"""Share of a layer's channels from which on their state is one degree graver."""
 
 
 def in_order(findings: Iterable[JobFinding]) -> tuple[JobFinding, ...]:
@@ -147,7 +147,7 @@ def of_limits(exceeded: Sequence[LimitExceeded]) -> Iterator[JobFinding]:
 
 
 def of_channels(channels: Sequence[LayerChannels]) -> Iterator[JobFinding]:
-    """Each layer with channels in a bad state; a few that do nothing are but a note."""
+    """Each layer with channels in a bad state, the graver if it is a tenth of them."""
     kinds = {
         ChannelState.DEAD: FindingKind.DEAD_CHANNELS,
         ChannelState.COLLAPSED: FindingKind.COLLAPSED_CHANNELS,
@@ -161,14 +161,9 @@ def of_channels(channels: Sequence[LayerChannels]) -> Iterator[JobFinding]:
         ChannelState.MUTED: "",
     }
     for found in channels:
-        share = found.num_in_state / found.num_channels
         yield JobFinding(
             kind=kinds[found.state],
-            severity=Severity.RED
-            if found.state is ChannelState.EXPLODING
-            else Severity.AMBER
-            if share >= _MANY
-            else Severity.NOTE,
+            severity=_severity_of_channels(found),
             sentence=f"{found.num_in_state} of {found.num_channels} channels of layer {found.layer} are {found.state}: "
             f"{_listed(found)}.",
             layer=found.layer,
@@ -177,8 +172,8 @@ def of_channels(channels: Sequence[LayerChannels]) -> Iterator[JobFinding]:
         )
 
 
-def of_checkpoint(shipping: ShippingVerdict | None) -> Iterator[JobFinding]:
-    """What speaks against shipping the newest checkpoint as it is."""
+def of_checkpoint(shipping: ShippingVerdict | None, damage: DriftColour) -> Iterator[JobFinding]:
+    """What speaks against shipping the newest checkpoint; where damage is shown, advice is given already."""
     if shipping is None or shipping.colour is not DriftColour.AMBER or shipping.certificate is None:
         return
     certificate = shipping.certificate
@@ -193,8 +188,17 @@ def of_checkpoint(shipping: ShippingVerdict | None) -> Iterator[JobFinding]:
             rms_mean_shift=certificate.rms_mean_shift,
             loss_damage=certificate.loss_damage,
         ),
-        advice="Set recompute_bn, so that checkpoints also hold population statistics, and ship those.",
+        advice=""
+        if damage in (DriftColour.AMBER, DriftColour.RED)
+        else "Set recompute_bn, so that checkpoints also hold population statistics, and ship those.",
     )
+
+
+def _severity_of_channels(found: LayerChannels) -> Severity:
+    many = found.num_in_state >= _MANY * found.num_channels
+    if found.state is ChannelState.EXPLODING:
+        return Severity.RED if many else Severity.AMBER
+    return Severity.AMBER if many else Severity.NOTE
 
 
 def _listed(found: LayerChannels) -> str:

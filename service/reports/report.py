@@ -17,7 +17,7 @@ from service.jobs import (
 from service.jobs.spec import BUILTIN_DATA
 from service.reports import findings, statistics_findings
 from service.reports.attribution import drift_series, first_to_change, sample_series
-from service.reports.channels import last_samples, list_channels
+from service.reports.channels import list_channels
 from service.reports.convergence import LossCourse
 from service.reports.damage import poor_under_both
 from service.reports.drift import judge_drift
@@ -57,7 +57,7 @@ def report_job(record: JobRecord) -> JobReport:
         num_attempts=record.num_attempts,
         drift=drift,
         stale=judge_staleness(record.drift, drift.colour, spec),
-        ranks=judge_ranks(next(reversed(last_samples(record.samples)), None), record.drift, spec),
+        ranks=judge_ranks(record.samples[-1].sample if record.samples else None, record.drift, spec),
         findings=(),
         advice=(),
         convergence=_say_if_thinned(convergence, losses),
@@ -89,7 +89,7 @@ def _find(report: JobReport, record: JobRecord, classes: int | None) -> Iterator
         statistics_findings.of_network(last, poor=poor),
         findings.of_channels(report.channels),
         findings.of_limits(record.limits_exceeded),
-        findings.of_checkpoint(report.checkpoint),
+        findings.of_checkpoint(report.checkpoint, report.drift.colour),
         findings.of_change(report.first_to_change),
     )
 
