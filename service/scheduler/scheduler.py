@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -139,10 +139,12 @@ class Scheduler:
         # Observed before the attempts are read: a last word is stored before the cluster sees the process leave.
         observations = self._observe(active)
         attempts = self._store.newest_attempts(active)
+        # And the attempts before what they told: one that has ended tells nothing more.
+        looks = self._look_at_rules(active, attempts)
         for job in active:
             if not self._leadership.hold():
                 return False
-            evidence = self._evidence(job, attempts[job.id], observations.get(job.id))
+            evidence = self._evidence(job, attempts[job.id], observations.get(job.id), looks.get(job.id, Look()))
             self._follow(job, evidence, active)
         started = self._admit_queued(jobs, active)
         at_work = [job for job in jobs if job.state is not JobState.PAUSED]
@@ -210,9 +212,8 @@ class Scheduler:
 
     # Active jobs
 
-    def _evidence(self, job: Job, attempt: Attempt, observation: Observation | None) -> Evidence:
+    def _evidence(self, job: Job, attempt: Attempt, observation: Observation | None, look: Look) -> Evidence:
         now, name = self._clock.now(), attempt_id(job.id, job.attempt)
-        look = self._look_at_rules(job, attempt)
         return Evidence(
             attempt=attempt,
             observation=observation,
@@ -225,11 +226,11 @@ class Scheduler:
             rules_are_behind=look.behind,
         )
 
-    def _look_at_rules(self, job: Job, attempt: Attempt) -> Look:
-        if job.state is not JobState.RUNNING:
-            return Look()
-        finished = attempt.ended is not None and attempt.ended.outcome is Outcome.SUCCEEDED
-        return self._rules.look(job, time.monotonic(), is_last=finished)
+    def _look_at_rules(self, active: Sequence[Job], attempts: Mapping[str, Attempt]) -> dict[str, Look]:
+        running = [job for job in active if job.state is JobState.RUNNING]
+        ends = {job.id: attempts[job.id].ended for job in running}
+        finished = {name for name, ended in ends.items() if ended is not None and ended.outcome is Outcome.SUCCEEDED}
+        return self._rules.look(running, finished)
 
     def _follow(self, job: Job, evidence: Evidence, active: Sequence[Job]) -> None:
         decision = decide(job, evidence)

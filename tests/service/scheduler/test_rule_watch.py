@@ -137,17 +137,35 @@ def test_a_scheduler_that_takes_over_reads_a_long_run_in_pieces(store: JobStore,
     store.record_steps(job.id, 1, told)
     for rank in (0, 1):  # how far it has come is told by the ranks
         cluster.report(f"{job.id}-1", step(120_000, loss=math.inf), rank=rank)
-    watch = RuleWatch(store)
-    looks = [watch.look(job, now_s=0.0) for _ in range(3)]
+    watch = RuleWatch(store, every_s=3600)
+    looks = [watch.look([job])[job.id] for _ in range(3)]
     assert looks[:2] == [Look(behind=True)] * 2
     assert looks[2].ruling is not None
     assert "inf at step 120000" in looks[2].ruling.detail
+    assert watch.look([job]) == {}  # not yet again
+    assert watch.look([job], finished=[job.id]) == {job.id: looks[2]}
     watch.forget_all_but()
-    assert watch.look(job, now_s=0.0).behind  # from the beginning
+    assert watch.look([job])[job.id].behind  # from the beginning
+
+
+def test_of_many_jobs_the_longest_unseen_are_looked_at_and_the_finished_before_them(
+    store: JobStore, tmp_path: Path
+) -> None:
+    cluster = Cluster(store, num_cpus=80)
+    ticker = scheduler(store, cluster, tmp_path)
+    jobs = [run(store, cluster, ticker, stop_when=["diverged"]) for _ in range(40)]
+    watch = RuleWatch(store, every_s=0)
+    order = list(watch.look(jobs, finished=[jobs[-1].id]))
+    assert order[0] == jobs[-1].id
+    while len(order) < len(jobs):
+        looks = watch.look(jobs)
+        assert set(looks.values()) == {Look()}
+        order += looks
+    assert set(order[: len(jobs)]) == {job.id for job in jobs}
 
 
 def test_jobs_without_rules_are_not_looked_at(store: JobStore, tmp_path: Path) -> None:
     cluster = Cluster(store)
     job = run(store, cluster, scheduler(store, cluster, tmp_path), target={"value": 0.9})
     store.close()
-    assert RuleWatch(store).look(job, now_s=0.0) == Look()
+    assert RuleWatch(store).look([job]) == {}
