@@ -55,8 +55,8 @@ class StaleCause(StrEnum):
 class StaleVerdict(View):
     """The second number: how far the running means of the worst layer are from the population's.
 
-    It explains damage and is never red where the damage is green. ``cause`` is absent where there is nothing to
-    explain.
+    It explains damage, and a shift is never red where the damage is green. ``cause`` is absent where there is nothing
+    to explain, or nothing finite to explain it by.
     """
 
     colour: DriftColour

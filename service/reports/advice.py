@@ -10,8 +10,13 @@ SMALL_BATCH = 8
 
 
 def recompute(evaluation: Evaluation, spec: JobSpec) -> str:
-    """What population statistics would gain before shipping; where checkpoints hold them, to ship those."""
+    """What population statistics would gain before shipping; where checkpoints hold them, to ship those.
+
+    Nothing where population statistics give no finite loss either.
+    """
     stored, population = evaluation.stored, evaluation.population
+    if not math.isfinite(population.loss):
+        return ""
     how = "Recompute the statistics before you ship (recompute_bn)"
     if spec.recompute_bn:
         how = "Ship the population statistics that the checkpoint holds (python -m service.training.ship)"

@@ -35,7 +35,7 @@ def judge_drift(
     loss, accuracy = loss_damage(last), accuracy_damage(last)
     colour = colour_of(last)
     sentences = [_damage_sentence(colour, last, loss, accuracy)]
-    if poor_under_both(last, num_classes):
+    if poor_under_both(last, num_classes) and math.isfinite(last.population.loss):
         sentences.append(_poor_sentence(last, spec))
     return DriftVerdict(
         colour=colour,

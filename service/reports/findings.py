@@ -157,7 +157,7 @@ def of_channels(channels: Sequence[LayerChannels]) -> Iterator[JobFinding]:
     advice = {
         ChannelState.DEAD: "Lower the learning rate or the weight decay: dead channels learn nothing any more.",
         ChannelState.COLLAPSED: "Look at what feeds the collapsed channels: it is constant.",
-        ChannelState.EXPLODING: "Lower the learning rate or warm it up: activations explode.",
+        ChannelState.EXPLODING: "Lower the learning rate or warm it up.",
         ChannelState.MUTED: "",
     }
     for found in channels:

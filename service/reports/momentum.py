@@ -22,6 +22,10 @@ def judge_momentum(replay: MomentumReplay | None) -> MomentumVerdict | None:
         return MomentumVerdict(
             sentence="Undecided: the momenta replayed lack the one in use.", better=None, replay=replay
         )
+    if not math.isfinite(best.rms_mean_shift):
+        return MomentumVerdict(
+            sentence="Undecided: no momentum gives running statistics that are finite.", better=None, replay=replay
+        )
     is_better = used.rms_mean_shift >= STALE_SHIFT and _is_better(best, used)
     over = f"replayed over the last {replay.num_steps} steps"
     if is_better:

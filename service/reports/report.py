@@ -1,5 +1,6 @@
 """Joins what is recorded of a job and what it means into the one page that every reader gets."""
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 
@@ -77,7 +78,8 @@ def report_job(record: JobRecord) -> JobReport:
 
 def _find(report: JobReport, record: JobRecord, classes: int | None) -> Iterator[JobFinding]:
     spec, last = record.job.spec, report.last_evaluation
-    poor = report.complete and last is not None and poor_under_both(last, classes)
+    judged = report.complete and last is not None and math.isfinite(last.population.loss)
+    poor = judged and last is not None and poor_under_both(last, classes)
     return chain(
         findings.of_losses(report.convergence, report.overfitting),
         findings.of_modes(record.mode_faults),

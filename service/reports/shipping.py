@@ -14,7 +14,8 @@ def judge_checkpoint(
     """The verdict on the checkpoint that was told last; None without one.
 
     Green: it holds population statistics too, or running ones that were measured at its own step and against which
-    nothing speaks. Amber: more than 1 % of them is their initial value, or they are shown to cost 1 % of the loss.
+    nothing speaks. Amber: more than 1 % of them is their initial value, or they are shown to cost 1 % of the loss,
+    or to give no finite one.
     Undecided: not measured, or at another step. Cost: O(evaluations).
     """
     if not checkpoints:
@@ -40,7 +41,9 @@ def _judge(certificate: StatisticsCertificate, step: int, evaluations: Sequence[
             f"{certificate.num_batches} batches."
         )
     interval, damage = certificate.loss_damage_interval, certificate.loss_damage
-    if damage is None or interval is None or not math.isfinite(damage):
+    if damage is not None and not math.isfinite(damage):
+        return DriftColour.AMBER, "its running statistics, or the population's too, give no finite validation loss."
+    if damage is None or interval is None:
         return DriftColour.UNDECIDED, "what its running statistics cost was not measured."
     measured = (
         f"its running statistics change the validation loss by {damage:+.3g} nats (95 % interval {interval.low:+.3g} "

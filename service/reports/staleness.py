@@ -19,7 +19,7 @@ def judge_staleness(drift: Sequence[Drift], damage: DriftColour, spec: JobSpec) 
     chance explains the shift. Where damage is shown, statistics that are still more than 1 % initial values are amber
     at least: a variance can be off where no mean is. The cause is the initial value, if more than 1 % of it is left;
     else chance, if the shift is at most twice what sampling leaves (or no channel's z passes its threshold); else lag.
-    Cost: O(samples + layers).
+    A shift that is no number is red, and has no cause to tell. Cost: O(samples + layers).
     """
     sample = last_drift(drift)
     worst = worst_layer(sample)
@@ -33,6 +33,16 @@ def judge_staleness(drift: Sequence[Drift], damage: DriftColour, spec: JobSpec) 
         )
     initial = _initial_weight(sample, spec)
     lag = worst.lag_steps if worst.lag_steps is not None else (1 - spec.bn_momentum) / spec.bn_momentum
+    if not math.isfinite(worst.rms_mean_shift):
+        return StaleVerdict(
+            colour=DriftColour.RED,
+            sentence=f"The running statistics of layer {worst.layer} or the population's are not finite (step "
+            f"{sample.step}).",
+            step=sample.step,
+            worst_layer=worst,
+            initial_weight=initial,
+            lag_steps=lag,
+        )
     cause = _cause(worst, initial, spec)
     colour = _colour(worst.rms_mean_shift)
     if colour is DriftColour.GREEN and initial > LEFT_OF_INITIAL and damage in (DriftColour.AMBER, DriftColour.RED):
@@ -81,8 +91,6 @@ def _cause(worst: LayerDrift, initial: float, spec: JobSpec) -> StaleCause:
 
 def _sentence(colour: DriftColour, cause: StaleCause, step: int, worst: LayerDrift, initial: float, lag: float) -> str:
     off = f"the running means of layer {worst.layer} are off by {worst.rms_mean_shift:.2g} sd (rms, step {step})"
-    if not math.isfinite(worst.rms_mean_shift):
-        return f"The running statistics of layer {worst.layer} or the population's are not finite (step {step})."
     if colour is DriftColour.GREEN and worst.rms_mean_shift < STALE_SHIFT:
         return f"Up to date: at worst {off}; less than {STALE_SHIFT:g} does not matter."
     if colour is DriftColour.GREEN:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from service.jobs import TELEMETRY_EVENT, JobSpec, StoppedEarly
+from service.jobs import JobSpec, StoppedEarly
 from service.training import process_group
 from service.training.context import RankContext
 from service.training.loop import train
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(event, StoppedEarly):
                 status = 3
             if context.leads:
-                sys.stdout.write(TELEMETRY_EVENT.dump_json(event).decode() + "\n")
+                sys.stdout.write(event.model_dump_json() + "\n")
                 sys.stdout.flush()
     finally:
         process_group.leave()

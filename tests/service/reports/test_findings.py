@@ -83,6 +83,14 @@ def test_damage_names_what_recomputing_gains_and_the_step() -> None:
     assert "service.training.ship" in held.advice
 
 
+def test_of_a_broken_network_no_gain_by_recomputing_is_promised() -> None:
+    broken = Scores(loss=math.nan, accuracy=0.1)
+    evaluation = evaluation_of(math.nan, stored=broken, population=broken)
+    record = record_of(losses=(0.5,) * 100 + (math.nan,), evaluations=[evaluation], drift=[drift_of(math.nan, **OLD)])
+    assert _found(record) == [(FindingKind.NON_FINITE, Severity.RED), (FindingKind.DAMAGE, Severity.RED)]
+    assert report_job(record).advice == ("Lower the learning rate or warm it up.",)
+
+
 def test_a_bootstrap_interval_goes_before_the_normal_one() -> None:
     """0.02 +- 0.002 counts; by the bootstrap it may be nothing."""
     evaluation = evaluation_of(0.02)

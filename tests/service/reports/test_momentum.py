@@ -43,3 +43,7 @@ def test_without_a_replay_or_without_the_momentum_in_use_nothing_is_said_to_be_b
     verdict = judge_momentum(_replay((0.1, 0.1), (0.0, 0.0)).model_copy(update={"used": 0.5}))
     assert verdict is not None
     assert verdict.better is None
+    broken = judge_momentum(_replay((math.nan, math.nan), (math.nan, math.nan)))
+    assert broken is not None
+    assert broken.better is None
+    assert "Undecided" in broken.sentence

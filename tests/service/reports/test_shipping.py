@@ -39,7 +39,7 @@ def _saved(step: int = 500, **fields: Any) -> CheckpointSaved:
         (_saved(loss_damage=0.1, loss_damage_interval=Interval(low=0.05, high=0.2)), DriftColour.AMBER, "+0.1 nats"),
         (_saved(loss_damage=0.003, loss_damage_interval=Interval(low=0.001, high=0.005)), DriftColour.GREEN, "+0.003"),
         (_saved(loss_damage=None, loss_damage_interval=None), DriftColour.UNDECIDED, "not measured"),
-        (_saved(loss_damage=math.nan), DriftColour.UNDECIDED, "not measured"),
+        (_saved(loss_damage=math.nan), DriftColour.AMBER, "no finite validation loss"),
         (_saved(step=600), DriftColour.UNDECIDED, "weights are those of step 600"),
         (_saved(nothing=True), DriftColour.UNDECIDED, "nothing was measured"),
     ],

@@ -24,8 +24,6 @@ OLD = {"initial_weight": 0.0}
         (0.21, A, R),
         (0.21, U, R),
         (0.21, G, A),  # never red where no damage is measured
-        (math.nan, R, R),
-        (math.inf, G, A),
     ],
 )
 def test_size_gives_the_colour_and_measured_harmlessness_bounds_it(
@@ -72,6 +70,14 @@ def test_what_older_jobs_did_not_record_is_reckoned_from_the_spec() -> None:
 def test_young_statistics_are_amber_where_damage_is_shown_though_no_mean_is_off() -> None:
     verdict = judge_staleness([drift_of(0.01, initial_weight=0.3)], R, spec_of())
     assert (verdict.colour, verdict.cause) == (A, StaleCause.YOUNG)
+
+
+@pytest.mark.parametrize("shift", [math.nan, math.inf])
+def test_a_shift_that_is_no_number_is_red_and_has_no_cause(shift: float) -> None:
+    verdict = judge_staleness([drift_of(0.1, shift, **OLD)], R, spec_of())
+    assert (verdict.colour, verdict.cause) == (R, None)
+    assert "layers.1" in verdict.sentence
+    assert "not finite" in verdict.sentence
 
 
 def test_the_last_sample_of_the_latest_step_is_judged_and_none_is_undecided() -> None:
