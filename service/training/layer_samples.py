@@ -9,13 +9,18 @@ from syncbn import monitor
 
 
 class LayerSampler:
-    """Samples the layers of ``model`` every ``every`` steps, the steps before ``first_step`` counted; None: never."""
+    """Samples the layers of ``model`` every ``every`` steps, the steps before ``first_step`` counted; None: never.
 
-    def __init__(self, model: nn.Module, every: int | None, first_step: int) -> None:
-        self._monitor = monitor.BatchNormMonitor(model, every=every, first_step=first_step - 1) if every else None
+    Only the rank that ``leads`` tells samples; the others are spared what it takes to make one of what all have sent.
+    """
+
+    def __init__(self, model: nn.Module, every: int | None, first_step: int, *, leads: bool) -> None:
+        self._monitor = (
+            monitor.BatchNormMonitor(model, every=every, first_step=first_step - 1, is_teller=leads) if every else None
+        )
 
     def after_step(self) -> BatchNormSample | None:
-        """The sample of the step that was just taken, the same on every rank, if it was to be sampled.
+        """The sample of the step that was just taken, if it was to be sampled and this rank leads.
 
         All ranks must call after every step: those that are sampled end in one exchange.
         """

@@ -122,7 +122,7 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
         yield PhaseChanged(phase=Phase.TRAINING)
 
     inspector = Inspector(spec, model, examiner, dataset.validation_images, found.checkpoint)
-    layer_sampler = LayerSampler(model, spec.diagnostics.sample_every_steps, first_step)
+    layer_sampler = LayerSampler(model, spec.diagnostics.sample_every_steps, first_step, leads=context.leads)
     meetings = Meetings(context, orders, last_step=first_step - 1)
     was_finite = True
     for step in range(first_step, total_steps + 1):
@@ -151,7 +151,7 @@ def train(spec: JobSpec, context: RankContext, orders: Callable[[], Orders] = Or
             step_s=time.perf_counter() - began,
         )
 
-        if sample and context.leads:
+        if sample:
             yield sample
 
         asked = meetings.after(step) if step < total_steps else Orders()

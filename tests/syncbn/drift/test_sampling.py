@@ -16,6 +16,7 @@ from syncbn.drift import (
     mean_standard_error,
     small_batch_var_bias,
 )
+from syncbn.drift.image_sums import ImageSums
 from tests.syncbn.drift.fields import design_effect_of, field
 
 F64 = torch.float64
@@ -79,6 +80,44 @@ def test_values_far_from_zero_and_in_half_precision_keep_their_digits() -> None:
     _assert_equal(ImageMoments.of(x), ImageMoments.of(x.double()), 1e-5)
     half = _images(8, 2, 5, dtype=torch.bfloat16)
     _assert_equal(ImageMoments.of(half), ImageMoments.of(half.double()), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 5), (2, 4, 70, 71)], ids=str)
+def test_sums_by_image_are_good_to_float32_wherever_the_mean_of_a_channel_is(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.tensor([0.0, 1.5, -40.0, 1e4]).view(1, 4, *[1] * (len(shape) - 2))
+    x = torch.randn(shape, generator=generator) + means
+    for values in (x, x.transpose(0, 1).contiguous().transpose(0, 1), x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        sums = ImageSums.of(values)
+        deviation = values.double().numpy().reshape(*shape[:2], -1) - sums.center.numpy()[:, None]
+        # Float32 holds a mean of 1e4 to 5e-4 by itself, but deviations from it exactly.
+        np.testing.assert_allclose(sums.total / sums.positions, deviation.mean(2), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(sums.squares, (deviation**2).sum(2), rtol=2e-6)
+        assert sums.center[0] == 0
+        np.testing.assert_allclose(sums.center[2:], [-40.0, 1e4], atol=2.0)
+
+
+def test_images_of_several_calls_and_layers_keep_their_sums() -> None:
+    x, y = _images(7, 3, 5), _images(4, 2, 6) - 50
+    calls = ImageSums.of(x[:3] + 90).followed_by(ImageSums.of(x[3:] + 90))
+    _assert_equal(ImageMoments.of_layer(calls), ImageMoments.of(x + 90))
+    row = ImageMoments.of_sums(ImageSums.side_by_side([calls, ImageSums.of(y), ImageSums.none(1)]))
+    assert row.num_images.tolist() == [7, 7, 7, 4, 4, 0]
+    assert row.positions.tolist() == [5, 5, 5, 6, 6, 1]
+    for moments, channels in ((ImageMoments.of(x + 90), slice(0, 3)), (ImageMoments.of(y), slice(3, 5))):
+        part = row.of_channels(channels)
+        torch.testing.assert_close(part.mean, moments.mean, rtol=1e-9, atol=0)
+        torch.testing.assert_close(part.sums, moments.sums, rtol=1e-9, atol=1e-9)
+
+
+def test_stacked_ranks_pool_as_they_merge() -> None:
+    x = _images(9, 3, 7) + 1e3
+    ranks = [ImageMoments.of(part) for part in (x[:4], x[4:4], x[4:5], x[5:])]
+    pooled = ImageMoments.stacked(ranks).pooled()
+    whole = reduce(ImageMoments.merge, ranks)
+    assert (pooled.num_images, pooled.num_values, pooled.num_squared) == (9, 63, 9 * 49)
+    torch.testing.assert_close(pooled.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pooled.sums, whole.sums, rtol=1e-9, atol=1e-9)
 
 
 def test_fewer_than_two_images_tell_no_error_and_none_are_neutral() -> None:
