@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select
@@ -39,7 +39,7 @@ def newest_samples(connection: Connection, job_id: str, limit: int) -> list[tupl
 
 def raw_samples(
     connection: Connection, job_id: str, first_step: int | None, last_step: int | None
-) -> list[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Step and JSON of every sample between two steps, both included; of a repeated step the latest attempt's.
 
     They are not checked, which takes a tenth of the time where only some numbers are wanted.
@@ -51,7 +51,8 @@ def raw_samples(
     if last_step is not None:
         query = query.where(c.step <= last_step)
     latest: dict[int, bytes] = {step: body for step, body in connection.execute(query)}
-    return [(step, json.loads(zlib.decompress(latest[step]))) for step in sorted(latest)]
+    for step in sorted(latest):
+        yield step, json.loads(zlib.decompress(latest[step]))
 
 
 def _pack(sample: BatchNormSample) -> bytes:
