@@ -47,8 +47,9 @@ class BatchNormMonitor:
     Training is the same with and without, to the last bit: hooks only read, and only in sampled steps are there any.
     Ranks are compared on the assumption that they have the same weights, as DistributedDataParallel sees to.
 
-    Cost: in a sampled step a few passes over each layer's input, and ONE gather of ``10C + 8`` doubles a layer, which
-        waits for the device; otherwise nothing but a count.
+    Cost: in a sampled step three passes over each layer's input or output, ONE gather of ``10C + 8`` doubles a layer,
+        which waits for the device, and about as many operations for all layers as for one; otherwise nothing but a
+        count.
     Raises: ValueError if ``every`` or ``first_step`` is out of range, and naming a layer that is still lazy.
 
     Args:
