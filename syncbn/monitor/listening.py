@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -80,5 +80,7 @@ class Listening:
             self._recordings[layer].add_output(output)
 
 
-def _counts(layer: nn.Module) -> bool:
-    return layer.training and not torch.compiler.is_compiling() and not is_recomputing()
+def _counts(layer: _BatchNorm) -> bool:
+    # Without its buffers it is lent to a pass over a population: no step, in whatever mode it was forgotten.
+    is_lent = layer.running_mean is None
+    return layer.training and not is_lent and not torch.compiler.is_compiling() and not is_recomputing()
