@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
 
 _Bytes = npt.NDArray[np.uint8]
 _VALIDATION_EVERY = 5
@@ -41,6 +40,8 @@ class Digits:
 @cache
 def digits() -> Digits:
     """Every fifth image, in an order of chance that is always the same, is for validation."""
+    from sklearn.datasets import load_digits  # which costs seconds, and most ranks need none
+
     loaded = load_digits()
     order = np.random.default_rng(0).permutation(len(loaded.target))
     images, labels = loaded.images[order].astype(np.uint8), loaded.target[order].astype(np.uint8)

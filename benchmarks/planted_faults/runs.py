@@ -26,7 +26,7 @@ from service.training.loop import train
 from tests.ranks import run_ranks
 
 _CHUNK = 6
-_RUN_S = 60.0
+_RUN_S = 120.0
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ class Expected:
     """A finding of one of ``kinds`` that is at least amber; ``layer``, ``rank`` and ``step`` must be named if given.
 
     Where ``rank`` is given, no other may be accused of the same. ``channels`` are all that the layer's entry in the
-    report names; few channels are but a note, which is then enough. ``failure`` is in the words of the error with which a rank ends; ``examined`` what the examination
-    after the run must give, by name.
+    report names; few channels are but a note, which is then enough. ``failure`` is in the words of the error with which
+    a rank ends; ``examined`` what the examination after the run must give, by name.
     """
 
     kinds: tuple[FindingKind, ...] = ()
