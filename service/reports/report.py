@@ -31,6 +31,8 @@ from service.reports.staleness import judge_staleness
 from service.reports.target import reach_target
 
 _NUM_BUILTIN_CLASSES = 10
+_LOOKED_AT = 60
+"""Samples before a run diverged, of each kind, in which the layer to change first is looked for."""
 
 
 def report_job(record: JobRecord) -> JobReport:
@@ -119,8 +121,12 @@ def _target(record: JobRecord, evaluations: tuple[Evaluation, ...]) -> TimeToTar
 def _first_to_change(record: JobRecord, convergence: Convergence) -> Attribution | None:
     if convergence.verdict is not ConvergenceVerdict.DIVERGED:
         return None
-    series = drift_series(record.drift) + sample_series([taken.sample for taken in record.samples])
-    return first_to_change(series, last_step=convergence.first_non_finite_step)
+    last_step = convergence.first_non_finite_step
+    until = math.inf if last_step is None else last_step
+    drift = [sample for sample in record.drift if sample.step <= until]
+    samples = [taken.sample for taken in record.samples if taken.sample.step <= until]
+    series = drift_series(drift[-_LOOKED_AT:]) + sample_series(samples[-_LOOKED_AT:])
+    return first_to_change(series, last_step=last_step)
 
 
 def _classes_of(spec: JobSpec) -> int | None:
