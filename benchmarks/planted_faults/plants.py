@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from service.training.resnet import ResNet20
 from syncbn import revert_sync_batchnorm
-from syncbn.layers import running_moments, tracked_layers
+from syncbn.layers import tracked_layers
 
 # Typed as if hooks could change nothing, which they can.
 _register_before: Callable[[Callable[..., Any]], RemovableHandle] = register_module_forward_pre_hook
@@ -247,7 +247,8 @@ class OldStatistics(Plant):
 
     def after_step(self, model: nn.Module) -> None:
         """Keep, then put back."""
-        running = [tensor for layer in tracked_layers(model).values() for tensor in running_moments(layer)]
+        layers = tracked_layers(model).values()
+        running = [buffer for layer in layers for buffer in layer.buffers() if buffer.is_floating_point()]
         if self.step == self.of:
             self._kept = [tensor.clone() for tensor in running]
         if self.step == self.at:

@@ -320,7 +320,7 @@ SCENARIOS: dict[str, Scenario] = {
             20,
             _OBVIOUS,
             "running statistics of step 5 beside weights of step 200",
-            {},
+            _alone(32),
             _everywhere("OldStatistics", of=5, at=200),
             target=0.98,
         ),
