@@ -20,7 +20,7 @@ _FALSE_ALARMS = {
     19: (),
     22: (FindingKind.WORSENING,),
 }
-"""By number of the scenario, what is false in runs that are healthy but for other faults, such as wrong labels or too few steps."""
+"""By number of the scenario, what is false in runs that are healthy but for other faults: wrong labels, few steps."""
 
 
 @dataclass(frozen=True)
