@@ -40,7 +40,7 @@ from tests.service.reports.records import (
     spec_of,
 )
 
-OLD = {"initial_weight": 0.0, "expected_mean_shift": 0.03}
+OLD: dict[str, Any] = {"initial_weight": 0.0, "expected_mean_shift": 0.03}
 
 
 def _found(record: JobRecord) -> list[tuple[FindingKind, Severity]]:
@@ -253,7 +253,7 @@ def test_a_limit_is_told_once_as_it_was_last_exceeded(action: Any) -> None:
     ],
 )
 def test_channels_are_found_with_their_layer(
-    states: dict[str, tuple[int, ...]], kind: FindingKind, severity: Severity
+    states: dict[str, Any], kind: FindingKind, severity: Severity
 ) -> None:
     finding = _only(record_of(samples=sampled(*[sample_of(layers=(layer_of(**states),))] * 3)), kind)
     assert (finding.severity, finding.layer) == (severity, "layers.0")

@@ -10,7 +10,7 @@ from service.reports.staleness import judge_staleness
 from tests.service.reports.records import drift_of, spec_of
 
 G, A, R, U = DriftColour.GREEN, DriftColour.AMBER, DriftColour.RED, DriftColour.UNDECIDED
-OLD = {"initial_weight": 0.0}
+OLD: dict[str, Any] = {"initial_weight": 0.0}
 
 
 @pytest.mark.parametrize(

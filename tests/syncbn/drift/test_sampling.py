@@ -115,7 +115,7 @@ def test_stacked_ranks_pool_as_they_merge() -> None:
     ranks = [ImageMoments.of(part) for part in (x[:4], x[4:4], x[4:5], x[5:])]
     pooled = ImageMoments.stacked(ranks).pooled()
     whole = reduce(ImageMoments.merge, ranks)
-    assert (pooled.num_images, pooled.num_values, pooled.num_squared) == (9, 63, 9 * 49)
+    assert [pooled.num_images.item(), pooled.num_values.item(), pooled.num_squared.item()] == [9, 63, 9 * 49]
     torch.testing.assert_close(pooled.mean, whole.mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(pooled.sums, whole.sums, rtol=1e-9, atol=1e-9)
 
