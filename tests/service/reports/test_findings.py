@@ -252,9 +252,7 @@ def test_a_limit_is_told_once_as_it_was_last_exceeded(action: Any) -> None:
         ({"muted": (1,)}, FindingKind.MUTED_CHANNELS, Severity.AMBER),
     ],
 )
-def test_channels_are_found_with_their_layer(
-    states: dict[str, Any], kind: FindingKind, severity: Severity
-) -> None:
+def test_channels_are_found_with_their_layer(states: dict[str, Any], kind: FindingKind, severity: Severity) -> None:
     finding = _only(record_of(samples=sampled(*[sample_of(layers=(layer_of(**states),))] * 3)), kind)
     assert (finding.severity, finding.layer) == (severity, "layers.0")
     assert f"{len(next(iter(states.values())))} of 10 channels" in finding.sentence
