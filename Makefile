@@ -37,4 +37,4 @@ openapi: venv
 	$(BIN)/python -m service.api > docs/openapi.json
 
 clean:
-	rm -rf $(VENV) .demo .soak .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .planted_faults .soak .pytest_cache .mypy_cache .ruff_cache .hypothesis
