@@ -1,5 +1,8 @@
 """Which layers of a model keep running statistics, and under which names; the same on every rank."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -40,6 +43,13 @@ def running_moments(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     return layer.running_mean.detach().double(), layer.running_var.detach().double()
+
+
+def input_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What a BatchNorm is called with, as a hook sees it: the input, and the mask if there is one."""
+    values: Tensor = args[0] if args else kwargs["input"]
+    mask: Tensor | None = args[1] if len(args) > 1 else kwargs.get("mask")
+    return values, mask
 
 
 def _is_tracked(layer: _BatchNorm) -> bool:

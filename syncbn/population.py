@@ -18,7 +18,7 @@ from syncbn.estimators import Estimate, Estimator, estimate_for
 from syncbn.exchange import peers, sum_over_ranks
 from syncbn.freezing import is_frozen
 from syncbn.kernels.aten import local_moments
-from syncbn.layers import tracked_layers, unwrapped
+from syncbn.layers import input_of_call, tracked_layers, unwrapped
 from syncbn.moments import BatchMoments
 
 
@@ -155,9 +155,7 @@ class _Record:
 
     def _note(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._order.setdefault(path, len(self._order))
-        values = args[0] if args else kwargs["input"]
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        self._estimates[path].add(local_moments(values, mask))
+        self._estimates[path].add(local_moments(*input_of_call(args, kwargs)))
 
     def over_ranks(self, process_group: ProcessGroup | None) -> dict[str, BatchMoments]:
         """The estimates over all ranks, sorted by when the layers ran; joined by ranks that saw nothing as well."""

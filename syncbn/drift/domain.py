@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from syncbn.drift.distances import log_var_ratio, mean_shift
 from syncbn.drift.sampling import ImageMoments, log_var_standard_error
 from syncbn.drift.significance import two_sided_p
-from syncbn.layers import tracked_layers
+from syncbn.layers import input_of_call, tracked_layers
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def image_moments(model: nn.Module) -> Iterator[dict[str, ImageMoments]]:
     seen: dict[str, ImageMoments] = {}
 
     def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = args[0] if args else kwargs["input"]
-        moments = ImageMoments.of(values, args[1] if len(args) > 1 else kwargs.get("mask"))
+        moments = ImageMoments.of(*input_of_call(args, kwargs))
         seen[path] = seen[path].merge(moments) if path in seen else moments
 
     with ExitStack() as stack:

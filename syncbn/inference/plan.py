@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.batchnorm import SyncBatchNorm
 from syncbn.freezing import is_frozen, unfreeze_layer
 from syncbn.inference.calls import Call, Calls
-from syncbn.layers import unwrapped
+from syncbn.layers import input_of_call, unwrapped
 from syncbn.normalizers.frozen import FrozenBatchNorm
 from syncbn.normalizers.ghost import GhostBatchNorm
 from syncbn.normalizers.swap import restore_batchnorm
@@ -108,9 +108,9 @@ class _Example:
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call; a forward pre-hook."""
-        values = args[0] if args else kwargs["input"]
+        values, mask = input_of_call(args, kwargs)
         self.num_dims.setdefault(module, set()).add(values.dim())
-        if (args[1] if len(args) > 1 else kwargs.get("mask")) is not None:
+        if mask is not None:
             self.masked.add(module)
 
 

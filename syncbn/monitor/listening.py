@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from syncbn.drift.image_sums import ImageSums
 from syncbn.drift.sampling import ImageMoments
+from syncbn.layers import input_of_call
 from syncbn.monitor.heard import Heard, digests_of
 from syncbn.monitor.layout import Layout
 from syncbn.monitor.recording import Recording
@@ -72,8 +73,7 @@ class Listening:
         if recording.num_calls == 0:
             recording.begin(self._num_heard)
             self._num_heard += 1
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        recording.add_input(args[0] if args else kwargs["input"], mask)
+        recording.add_input(*input_of_call(args, kwargs))
 
     def _after(self, layer: _BatchNorm, _: Any, output: Tensor) -> None:
         if _counts(layer):
