@@ -60,8 +60,7 @@ def cancel(store: JobStore, job_id: str, *, checkpoint: bool) -> tuple[Job, bool
     def act(job: Job, to: JobState) -> Job:
         if job.state is to:
             return store.force_cancel(job)
-        saves = checkpoint and to is JobState.CANCELLING
-        return store.transition(job, to, reason=Reason.CANCELLED_BY_USER, stop_saves=saves)
+        return store.transition(job, to, reason=Reason.CANCELLED_BY_USER, stop_saves=checkpoint)
 
     return steer(store, job_id, Verb.CANCEL, act, again=lambda job: job.stop_saves and not checkpoint)
 

@@ -105,7 +105,7 @@ def change_state(
         "reason": reason,
         "detail": detail,
         "state_since": now,
-        "stop_saves": stop_saves,
+        "stop_saves": stop_saves and to is JobState.CANCELLING,
         "queue_position": None,
         "updated_at": now,
     }

@@ -211,7 +211,7 @@ class JobStore:
     ) -> Job:
         """Move the job on, with its event. ``version`` counts these moves, changes of priority, and forced cancels.
 
-        ``stop_saves`` tells of a move to cancelling that the job shall save a checkpoint first. ``output`` is what
+        ``stop_saves`` tells of a move to cancelling, and of no other, that the job shall save first. ``output`` is what
         the attempt that is left behind wrote last; its lines go into the job's log with the move, or not at all.
 
         Raises: Conflict where the step is not in `TRANSITIONS`, or the job is no longer what the caller saw;

@@ -116,6 +116,16 @@ def test_a_cancel_that_does_not_save_forces_one_that_does(client: TestClient, ho
         house.store.force_cancel(house.store.get(job.id))
 
 
+def test_to_save_first_means_something_to_a_cancellation_alone(client: TestClient, house: House) -> None:
+    """Whatever a writer says of a move elsewhere, a job that is over is cancelled again without harm."""
+    job, _ = house.running_job()
+    for state in (JobState.CANCELLING, JobState.CANCELLED):
+        job = house.store.transition(job, state, stop_saves=True)
+        assert job.stop_saves is (state is JobState.CANCELLING)
+    answer = act(client, job, "cancel")
+    assert (answer.status_code, answer.json()["version"]) == (200, job.version)
+
+
 def test_a_running_job_is_paused_and_resumed(client: TestClient, house: House) -> None:
     job, _ = house.running_job()
     assert [act(client, job, "pause").status_code for _ in range(2)] == [202, 200]

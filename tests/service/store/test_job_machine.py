@@ -84,7 +84,7 @@ class Told:
     def move(self, to: str, *, stop_saves: bool = False) -> None:
         self.path.append(to)
         self.version += 1
-        self.stop_saves = stop_saves
+        self.stop_saves = stop_saves and to == "cancelling"
 
     def control(self, attempt: int) -> Control:
         if self.over or attempt != len(self.tokens):
@@ -165,7 +165,6 @@ class JobMachine(RuleBasedStateMachine):
                 told.stop_saves = told.stop_saves and saves
             elif not told.over:
                 told.move("cancelled" if told.state in {"queued", "paused"} else "cancelling", stop_saves=saves)
-                told.stop_saves = saves and told.state == "cancelling"
 
     def pause(self, job: str) -> None:
         told = self.told[job]
@@ -213,7 +212,7 @@ class JobMachine(RuleBasedStateMachine):
                 told.tokens.append(self.store.start_attempt(seen, lease=self.live)[1])
             else:
                 self.store.transition(seen, JobState(to), stop_saves=saves, lease=self.live)
-            told.move(to, stop_saves=saves and to != "starting")
+            told.move(to, stop_saves=saves)
             self.let_all_attempts_ask(job)
         return first
 
