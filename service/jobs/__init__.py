@@ -17,7 +17,7 @@ from service.jobs.convergence import (
     TimeToTarget,
 )
 from service.jobs.diagnostics import Diagnostics, DriftLimit, DriftMetric, LimitAction, StopRule, Target
-from service.jobs.evaluation import Evaluation, Interval, Scores, SinceBest
+from service.jobs.evaluation import DataShift, Evaluation, Interval, Scores, SinceBest
 from service.jobs.fact import Telemetry
 from service.jobs.identifiers import attempt_id, job_of_attempt, new_hook_id, new_job_id, new_key_id
 from service.jobs.job import Attempt, Job, JobEvent, JobPage, LogRecord, MetricSeries, Progress, View
@@ -156,6 +156,7 @@ __all__ = [
     "Control",
     "Convergence",
     "ConvergenceVerdict",
+    "DataShift",
     "Decay",
     "DecayLaw",
     "Diagnostics",

@@ -32,6 +32,26 @@ class SinceBest(Telemetry):
     interval: Interval
 
 
+class DataShift(Telemetry):
+    """How validation images look to one BatchNorm layer, against training images in the same mode.
+
+    Of the first layer, in order of execution, that moved; else of the first of all. `syncbn.drift.LayerShift` defines
+    the numbers: shifts in standard deviations of the training images, ``mean_abs_log_var_ratio`` in nats, ``p`` of
+    chance alone. ``max_mean_shift_is_higher`` tells the direction of that channel; ``mean_log_var_ratio`` above 0 that
+    validation images vary more. ``moved``: by more than chance, and by enough to matter.
+    """
+
+    layer: str
+    rms_mean_shift: float
+    max_mean_shift: float
+    max_mean_shift_channel: int
+    max_mean_shift_is_higher: bool
+    mean_abs_log_var_ratio: float
+    mean_log_var_ratio: float
+    p: float
+    moved: bool
+
+
 class Evaluation(Telemetry):
     """Validation with the stored running statistics, and the same weights with population statistics.
 
@@ -56,3 +76,5 @@ class Evaluation(Telemetry):
     train: Scores | None = None
     """The training images that stand for the population, judged as ``population`` is: in evaluation mode."""
     since_best: SinceBest | None = None
+    data_shift: DataShift | None = None
+    """Whether validation images look different from training images. None where no BatchNorm layer tells."""

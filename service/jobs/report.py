@@ -137,6 +137,8 @@ class FindingKind(StrEnum):
     BUFFERS_DIFFER = "buffers_differ"
     RANK_REPEATS = "rank_repeats"
     RANK_DIFFERS = "rank_differs"
+    OTHER_DATA = "other_data"
+    """Validation images look different from training images."""
     DAMAGE = "damage"
     STATISTICS_YOUNG = "statistics_young"
     STATISTICS_NOISY = "statistics_noisy"
