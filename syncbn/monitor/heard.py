@@ -11,7 +11,7 @@ from torch import Tensor
 from syncbn.drift.sampling import ImageMoments
 from syncbn.monitor.layout import Layout
 
-_NUM_BY_LAYER = 8
+_NUM_BY_LAYER = 9
 _NUM_BY_CHANNEL = 10
 _MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator; what matters is that it is odd and has bits everywhere
 _DROPPED_BITS = 11  # every integer of the other 53 is a double
@@ -21,7 +21,7 @@ _DROPPED_BITS = 11  # every integer of the other 53 is a double
 class Heard:
     """Of ``L`` layers with ``C`` channels in a row; float64 on one device. Of several ranks with ``R`` in front.
 
-    Shape: ``by_layer`` is ``(8, L)``: the five of `num_calls` to `digest`, and the counts of `moments`. ``by_channel``
+    Shape: ``by_layer`` is ``(9, L)``: the six of `num_calls` to `digest`, and the counts of `moments`. ``by_channel``
         is ``(10, C)``: the three of `running_mean` to `num_positive`, and mean and sums of `moments`. Of a layer that
         did not run all but the buffers are zero, and the weights one.
     """
@@ -40,24 +40,29 @@ class Heard:
         return self.by_layer[..., 1, :]
 
     @property
+    def num_sharing(self) -> Tensor:
+        """By layer: how many of the compared ranks it shares its batch statistics with, this one included."""
+        return self.by_layer[..., 2, :]
+
+    @property
     def num_batches(self) -> Tensor:
         """By layer: that the running statistics had tracked before the step."""
-        return self.by_layer[..., 2, :]
+        return self.by_layer[..., 3, :]
 
     @property
     def num_updates(self) -> Tensor:
         """By layer: of the running statistics in the step."""
-        return self.by_layer[..., 3, :]
+        return self.by_layer[..., 4, :]
 
     @property
     def digest(self) -> Tensor:
         """By layer: of the running statistics after the step, see `digests_of`."""
-        return self.by_layer[..., 4, :]
+        return self.by_layer[..., 5, :]
 
     @property
     def num_images(self) -> Tensor:
         """By layer."""
-        return self.by_layer[..., 5, :]
+        return self.by_layer[..., 6, :]
 
     @property
     def running_mean(self) -> Tensor:
@@ -76,17 +81,17 @@ class Heard:
 
     def moments(self, layout: Layout) -> ImageMoments:
         """Of the inputs, with counts by channel; of ranks they are stacked."""
-        num_images, num_values, num_squared = self.by_layer[..., 5:, layout.layer_of].unbind(-2)
+        num_images, num_values, num_squared = self.by_layer[..., 6:, layout.layer_of].unbind(-2)
         rows = self.by_channel[..., 3:, :].movedim(-2, 0)
         return ImageMoments(num_images, num_values, num_squared, rows[0], rows[1:])
 
     def pack(self) -> Tensor:
-        """One vector of ``8L + 10C`` doubles, to be gathered."""
+        """One vector of ``9L + 10C`` doubles, to be gathered."""
         return torch.cat([self.by_layer.flatten(), self.by_channel.flatten()])
 
     @classmethod
     def unpack(cls, rows: Tensor, num_layers: int) -> Heard:
-        """Of ``R`` ranks, from what they packed, ``(R, 8L + 10C)``."""
+        """Of ``R`` ranks, from what they packed, ``(R, 9L + 10C)``."""
         by_layer, by_channel = rows.tensor_split([_NUM_BY_LAYER * num_layers], dim=1)
         by_layer = by_layer.reshape(len(rows), _NUM_BY_LAYER, num_layers)
         return cls(by_layer, by_channel.reshape(len(rows), _NUM_BY_CHANNEL, -1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,16 +44,19 @@ class Listening:
         """Of what each layer was fed until now, in the order of layers as given."""
         return [ImageMoments.of_layer(recording.sums) for recording in self._recordings.values()]
 
-    def heard(self, layout: Layout) -> Heard:
-        """What was heard until now, in the order of layers as given, which must be that of ``layout``."""
+    def heard(self, layout: Layout, num_sharing: Sequence[int]) -> Heard:
+        """What was heard until now, in the order of layers as given, which must be that of ``layout``.
+
+        ``num_sharing`` is passed on, see `Heard`.
+        """
         layers = list(self._recordings.values())
         device = layers[0].running_mean_now.device
         layer_of, starts = (places.to(device, non_blocking=True) for places in (layout.layer_of, layout.starts))
         moments = ImageMoments.of_sums(ImageSums.side_by_side([layer.sums for layer in layers]))
-        own = torch.tensor([[layer.num_calls, layer.place] for layer in layers], dtype=torch.float64).T
+        own = [[layer.num_calls for layer in layers], [layer.place for layer in layers], num_sharing]
         buffers = [layer.running_mean_now for layer in layers] + [layer.running_var_now for layer in layers]
         by_layer = [
-            own.to(device, non_blocking=True),
+            torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True),
             torch.stack([torch.stack([layer.num_batches, layer.num_updates]) for layer in layers], 1).double(),
             digests_of(buffers, layer_of, len(layers)).unsqueeze(0),
             torch.stack([moments.num_images, moments.num_values, moments.num_squared])[:, starts],

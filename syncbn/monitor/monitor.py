@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.agreement import Exchange
-from syncbn.batchnorm import SyncBatchNorm
 from syncbn.drift.sampling import ImageMoments
 from syncbn.exchange import gather_over_ranks, peers
 from syncbn.layers import tracked_layers
@@ -24,6 +20,7 @@ from syncbn.monitor.heard import Heard
 from syncbn.monitor.layout import Layout
 from syncbn.monitor.listening import Listening
 from syncbn.monitor.sample import BatchNormSample, first_to_run, layer_samples
+from syncbn.monitor.sharing import are_synchronized, differing_ranks, num_sharing
 
 _SETTLED_STEPS = 100  # from here on a layer's values are held to be of their usual size
 
@@ -47,7 +44,7 @@ class BatchNormMonitor:
     Training is the same with and without, to the last bit: hooks only read, and only in sampled steps are there any.
     Ranks are compared on the assumption that they have the same weights, as DistributedDataParallel sees to.
 
-    Cost: in a sampled step three passes over each layer's input or output, ONE gather of ``10C + 8`` doubles a layer,
+    Cost: in a sampled step three passes over each layer's input or output, ONE gather of ``10C + 9`` doubles a layer,
         which waits for the device, and about as many operations for all layers as for one; otherwise nothing but a
         count.
     Raises: ValueError if ``every`` or ``first_step`` is out of range, and naming a layer that is still lazy.
@@ -102,7 +99,7 @@ class BatchNormMonitor:
         if listening is not None:
             listening.stop()
         self._prepare()
-        ranks = None if listening is None else self._exchanged(listening.heard(self._layout))
+        ranks = None if listening is None else self._exchanged(listening)
         return None if ranks is None or not self._is_teller else self._sample(ranks)
 
     def detach(self) -> None:
@@ -125,16 +122,16 @@ class BatchNormMonitor:
         if not self._is_detached and self._layers and (self._num_steps + 1) % self._every == 0:
             self._listening = Listening(self._layers)
 
-    def _exchanged(self, heard: Heard) -> Heard:
+    def _exchanged(self, listening: Listening) -> Heard:
         """What each rank heard, on the CPU. Ranks that heard nothing join too: the others would wait for them."""
-        vector = heard.pack()
+        vector = listening.heard(self._layout, num_sharing(self._layers.values(), self._group)).pack()
         exchange = Exchange(f"sample of BatchNorm layers in step {self._num_steps}", num_values=vector.numel())
         return Heard.unpack(gather_over_ranks(vector, self._group, exchange).cpu(), len(self._layers))
 
     def _sample(self, ranks: Heard) -> BatchNormSample:
         moments = ranks.moments(self._layout)
         pooled = moments.pooled()
-        is_synchronized = [_is_synchronized(layer, self._group) for layer in self._layers.values()]
+        is_synchronized = are_synchronized(ranks)
         states = self._channel_states(ranks, pooled)
         samples = layer_samples(self._layers, self._layout, ranks, pooled, states, is_synchronized)
         ran = _in_order(ranks)
@@ -145,7 +142,7 @@ class BatchNormMonitor:
             layers=tuple(samples[layer] for layer in ran if samples[layer].num_images),
             ranks=self._findings([paths[layer] for layer in compared], moments),
             repeating_ranks=self._doctor.repeating_ranks,
-            differing_ranks=_differing_ranks({paths[n]: ranks.digest[:, n] for n in ran if is_synchronized[n]}),
+            differing_ranks={paths[layer]: who for layer in ran if (who := differing_ranks(ranks, layer))},
             not_compared=tuple(paths[layer] for layer in ran[len(compared) :]),
             idle=tuple(path for number, path in enumerate(paths) if number not in set(ran)),
         )
@@ -188,28 +185,3 @@ def _compared(layers: Sequence[int], is_synchronized: Sequence[bool]) -> Sequenc
     """Layers up to the first that is not synchronized, it included: what it is fed still passed no other one."""
     local = [place for place, layer in enumerate(layers) if not is_synchronized[layer]]
     return layers[: local[0] + 1] if local else layers
-
-
-def _differing_ranks(digests: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """By layer who has another digest than most; layers where none has are left out."""
-    differing = {path: _outvoted(of_ranks.tolist()) for path, of_ranks in digests.items()}
-    return {path: ranks for path, ranks in differing.items() if ranks}
-
-
-def _is_synchronized(layer: _BatchNorm, group: ProcessGroup | None) -> bool:
-    """Whether all ranks of ``group`` normalize by the same statistics in this layer."""
-    if group is None:
-        return True
-    if not isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm):
-        return False
-    members = dist.get_process_group_ranks(layer.process_group)
-    return set(dist.get_process_group_ranks(group)) <= set(members)
-
-
-def _outvoted(digests: Sequence[float]) -> tuple[int, ...]:
-    """Who has another digest than most; all if none is that of most."""
-    (digest, most), *others = Counter(digests).most_common()
-    if not others:
-        return ()
-    usual = digest if all(count < most for _, count in others) else None
-    return tuple(rank for rank, own in enumerate(digests) if own != usual)

@@ -65,8 +65,10 @@ class BatchNormSample:
     ``step``: how many steps there were, this one included.
     ``ranks``: one finding for each rank, see `syncbn.monitor.RankDoctor`; empty with one rank or too few samples.
     ``repeating_ranks``: ranks whose batches hold nothing but one image over and over.
-    ``differing_ranks``: by synchronized layer the ranks whose running statistics differ from those of most; all of
-        them where no statistics are those of most. Layers where none differ are left out.
+    ``differing_ranks``: by layer who holds other running statistics for no good reason. If all ranks synchronize there,
+        the ranks whose statistics differ from those of most; if they synchronize with unequally many, the ranks that
+        do so with another number than most. All of them where none is that of most; layers where none differ are left
+        out, as are those of groups of equal size, which differ by design.
     ``not_compared``: layers in which ranks are not compared, because a layer before them is not synchronized: what
         reaches them differs by rank even if the data does not.
     ``idle``: layers that did not run in training mode: frozen, left out of the step, or inside compiled code.
@@ -130,11 +132,11 @@ def _numbers(
     synchronized = torch.tensor(is_synchronized)
     source = torch.where(synchronized, first_to_run(ranks), 0)
     every = torch.arange(len(layers))
-    of_source = ranks.by_layer[source, :, every]  # (L, 8)
+    num_batches: list[float] = ranks.num_batches[source, every].tolist()
     update_noise = torch.tensor(
-        [_update_noise(layer.momentum, int(of_source[number, 2])) for number, layer in enumerate(layers.values())],
+        [_update_noise(layer.momentum, int(n)) for layer, n in zip(layers.values(), num_batches, strict=True)],
         dtype=torch.float64,
-    ) * of_source[:, 3].clamp(min=1)
+    ) * ranks.num_updates[source, every].clamp(min=1)
     batch = pooled if all(is_synchronized) else _chosen(synchronized[layout.layer_of], pooled, ranks.moments(layout))
     running_mean = ranks.running_mean[source[layout.layer_of], torch.arange(layout.num_channels)]
     update_noise = update_noise[layout.layer_of]

@@ -345,6 +345,44 @@ def _local_layers() -> BatchNormSample | None:
         return monitor.step()
 
 
+GROUPS = ([[0, 1, 2], [3]], [[0], [1], [2], [3]], [[0, 1], [2, 3]])
+
+
+def test_the_rank_that_synchronizes_with_nobody_is_named_on_all_ranks() -> None:
+    ranks = run_ranks(4, _watch_groups)
+    assert all(answer == ranks[0] for answer in ranks)
+    alone, apart, pairs, equal = ranks[0]
+    assert alone.differing_ranks == {"1": (3,), "4": (3,)}
+    assert alone.not_compared == ("4",)
+    assert [layer.num_images for layer in alone.layers] == [16, 16]
+    for fair in (apart, pairs):
+        assert (fair.differing_ranks, fair.not_compared) == ({}, ("4",))
+        assert not any(layer.buffers_equal for layer in fair.layers)
+    assert equal.differing_ranks == {}
+    assert all(layer.buffers_equal for layer in equal.layers)
+
+
+def _watch_groups() -> list[BatchNormSample]:
+    """With one rank alone, all of them, pairs, and one alone whose statistics stay those of the others."""
+    unmoved = _watch_group(GROUPS[0], momentum=0.0)
+    return [*(_watch_group(members, momentum=0.1) for members in GROUPS), unmoved]
+
+
+def _watch_group(members: list[list[int]], momentum: float) -> BatchNormSample:
+    groups = [dist.new_group(ranks) for ranks in members]
+    own = next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
+    model = convert_sync_batchnorm(_network(), own)
+    for layer in model.modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer.momentum = momentum
+    with BatchNormMonitor(model, every=1) as monitor:
+        for images, labels in _batches(4, 3, 1):
+            _step(model, images, labels)
+        sample = monitor.step()
+    assert sample is not None
+    return sample
+
+
 def test_ranks_at_different_steps_are_told_so() -> None:
     for message in run_ranks(2, _out_of_step):
         assert "rank 0 is at the sample of BatchNorm layers in step 1" in message
