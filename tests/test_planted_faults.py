@@ -1,14 +1,27 @@
 """Faults planted in real runs are found with cause, layer and rank; `benchmarks.planted_faults` counts how often."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.planted_faults.data_sets import digits
 from benchmarks.planted_faults.examinations import uneven_ranks
+from benchmarks.planted_faults.grafting import python_path
 from benchmarks.planted_faults.page import page_of
 from benchmarks.planted_faults.runs import Answer, Told, run_on_rank, together
-from benchmarks.planted_faults.scenarios import Scenario, Severity
+from benchmarks.planted_faults.scenarios import SCENARIOS, Scenario, Severity, trial_of
 from benchmarks.planted_faults.verdicts import Expected, alarms
-from service.jobs import FindingKind, JobReport
+from service.cluster import rank as rank_of_a_service
+from service.jobs import FindingKind, JobReport, StepMetrics
+from service.training.context import RankContext
+from service.training.idx import read_idx
+from service.training.loop import train
 from tests.ranks import run_ranks
 
 _SHORT = {
@@ -43,6 +56,23 @@ _ONE_RANK = [
     (_scenario("momentum", changes=_SHORT | _ALONE | {"bn_momentum": 0.001}), 0),
     (_scenario("healthy", changes=_SHORT | _ALONE), 0),
 ]
+
+
+_RANK_PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from service.cluster import rank
+from service.jobs import JobSpec, StepMetrics
+from service.training.context import RankContext
+
+for number, spec in enumerate(map(JobSpec.model_validate_json, sys.argv[2:])):
+    context = RankContext(0, 1, torch.device("cpu"), Path(sys.argv[1]) / str(number))
+    events = rank.train(spec, context)
+    print(next(event.loss for event in events if isinstance(event, StepMetrics)))
+    events.close()
+"""
+"""The first step of what a rank of a service does, of one job after another: no word of plants in it."""
 
 
 def _on_four_ranks(folder: Path) -> list[Answer]:
@@ -81,6 +111,39 @@ def test_wrong_modes_and_a_small_momentum_are_told_by_their_names(tmp_path: Path
     assert _says(trains, Expected((FindingKind.FROZEN_IN_TRAINING,), layer="norm3"))
     assert _says(momentum, Expected((FindingKind.STATISTICS_YOUNG,)))
     assert alarms(healthy) == []
+
+
+def test_a_service_of_the_benchmark_trains_with_the_plants_that_a_job_is_named_by(tmp_path: Path) -> None:
+    explodes, other_images = SCENARIOS["13"].spec(5), SCENARIOS["11 inverted"].spec(5)
+    as_ever = explodes.model_copy(update={"name": "planted nothing 5"})
+    specs = [spec.model_dump_json() for spec in (explodes, other_images, as_ever)]
+
+    program = subprocess.run(
+        [sys.executable, "-P", "-c", _RANK_PROGRAM, tmp_path, *specs],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert program.returncode == 0, program.stderr
+    exploding, _, unharmed = map(float, program.stdout.splitlines())
+    # In this process, which has another PYTHONPATH, a service's rank is as it was written.
+    assert vars(rank_of_a_service)["train"] is train
+    context = RankContext(0, 1, torch.device("cpu"), tmp_path / "here")
+    loss = next(event.loss for event in train(explodes, context) if isinstance(event, StepMetrics))
+    assert unharmed == pytest.approx(loss, rel=1e-5)  # float32, by another number of threads
+    assert exploding != pytest.approx(loss, rel=1e-3)
+    images = read_idx(tmp_path / "1" / "data of rank 0" / "t10k-images-idx3-ubyte")
+    np.testing.assert_array_equal(images, 240 - 15 * digits().validation_images.astype(np.int64))
+
+
+def test_a_trial_is_known_again_by_the_name_of_its_job() -> None:
+    for scenario in SCENARIOS.values():
+        assert trial_of(scenario.spec(17).name) == (scenario, 17)
+    assert trial_of("planted nothing 17") is None
+    assert trial_of("digits") is None
 
 
 def _page(told: Told) -> JobReport:

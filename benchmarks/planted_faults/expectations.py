@@ -19,6 +19,10 @@ def _rank_differs_at_first_layer(seed: int) -> Expected:
     return Expected((Kind.RANK_DIFFERS,), rank=rank_at_fault(seed), layer="norm1")
 
 
+def _other_data(_: int) -> Expected:
+    return Expected((Kind.OTHER_DATA,), layer="norm1")
+
+
 def _exploding(seed: int) -> Expected:
     return Expected((Kind.EXPLODING_CHANNELS,), layer=_norm(seed), channels=(channel_at_fault(seed),))
 
@@ -45,6 +49,10 @@ EXPECTED: dict[str, Callable[[int], Expected]] = {
     "10": lambda _: Expected((Kind.FROZEN_IN_TRAINING,), layer="norm1"),
     "10b": lambda seed: Expected((Kind.FROZEN_IN_TRAINING,), layer=_norm(seed)),
     "11": lambda _: Expected(examined={"none": "", "inverted": "norm1", "noise": "norm1"}),
+    "11 inverted": _other_data,
+    "11 noise": _other_data,
+    "11 dim": _other_data,
+    "11 shifted": _other_data,
     "12 x10000": _exploding,
     "12 x1000": _exploding,
     "13": lambda _: Expected((Kind.NON_FINITE, Kind.DIVERGED), tensor=True),

@@ -1,9 +1,12 @@
 """The page on a job that the service would show for a run, from what the ranks told."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from benchmarks.planted_faults.examinations import Findings
 from benchmarks.planted_faults.runs import Told
+from benchmarks.planted_faults.scenarios import Scenario
 from service.jobs import (
     BatchNormSample,
     CheckpointSaved,
@@ -23,6 +26,26 @@ from service.jobs import (
 from service.reports import JobRecord, SampledLayers, report_job
 
 Fact = TypeVar("Fact")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What there is to judge a run by: the page, the words with which it failed, what was found after it.
+
+    ``seconds`` from the order to the end, of a job of a service.
+    """
+
+    scenario: Scenario
+    seed: int
+    page: JobReport
+    failures: tuple[str, ...]
+    examined: Findings
+    seconds: float | None = None
+
+
+def shown(told: Told) -> Shown:
+    """What the service would show."""
+    return Shown(told.scenario, told.seed, page_of(told), told.failures, told.examined)
 
 
 def page_of(told: Told) -> JobReport:

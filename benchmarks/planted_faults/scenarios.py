@@ -1,11 +1,12 @@
 """The runs: what is planted in each, by its number in the plan of the validation, and in which job."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from benchmarks.planted_faults.data_sets import Digits, few_images, shard, with_wrong_labels
+from benchmarks.planted_faults.data_sets import Digits, few_images, other_validation, shard, with_wrong_labels
 from benchmarks.planted_faults.examinations import Findings, other_data, uneven_ranks
 from benchmarks.planted_faults.plants import PLANTS, Plant
 from service.jobs import JobSpec
@@ -65,6 +66,13 @@ class Scenario:
     def planted(self, seed: int) -> list[Plant]:
         """The plants, none of them active yet; to be entered on every rank."""
         return [PLANTS[name](**arguments) for name, arguments in self.plants(seed)]
+
+
+def trial_of(name: str) -> tuple[Scenario, int] | None:
+    """Scenario and seed of a job that `Scenario.spec` has named; None for any other job."""
+    found = re.fullmatch(r"planted (.+) (\d+)", name)
+    scenario = SCENARIOS.get(found[1]) if found else None
+    return (scenario, int(found[2])) if found and scenario else None
 
 
 def rank_at_fault(seed: int) -> int:
@@ -230,6 +238,23 @@ SCENARIOS: dict[str, Scenario] = {
             _alone(32),
             examines=other_data,
             target=0.95,
+        ),
+        *(
+            Scenario(
+                f"11 {change}",
+                11,
+                severity,
+                f"validation images are {says}",
+                _alone(32),
+                data=lambda seed, _, change=change: other_validation(change, seed),  # type: ignore[misc]
+                target=target,
+            )
+            for change, says, severity, target in (
+                ("inverted", "inverted", _OBVIOUS, 0.95),
+                ("noise", "noisy", _OBVIOUS, 0.95),
+                ("dim", "dimmer, 0.8 of their ink", _BORDERLINE, None),
+                ("shifted", "one pixel further right and down", _BORDERLINE, None),
+            )
         ),
         *(
             Scenario(
