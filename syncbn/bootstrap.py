@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-14  # of the largest value: some sixty roundings of a double
 _VALUES_AT_ONCE = 1 << 19  # drawn values held at a time: four megabytes of doubles
 
 
@@ -47,7 +48,9 @@ def mean_interval(
         return mean.item(), mean.item()
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     means = torch.cat(list(_resampled_means(centred, num_resamples, generator)))
-    low, high = (mean + torch.quantile(means, _shifted(tail, _acceleration(centred)))).tolist()
+    ends = mean + torch.quantile(means, _shifted(tail, _acceleration(centred)))
+    rounding = sample.abs().max() * _ROUNDING  # so that an end at 0 is 0, and lies neither above nor below
+    low, high = torch.where(ends.abs() > rounding, ends, 0.0).tolist()
     return low, high
 
 

@@ -16,6 +16,7 @@ from service.jobs.convergence import (
     TargetVerdict,
     TimeToTarget,
 )
+from service.jobs.damage import loss_damage_colour
 from service.jobs.diagnostics import Diagnostics, DriftLimit, DriftMetric, LimitAction, StopRule, Target
 from service.jobs.evaluation import DataShift, Evaluation, Interval, Scores, SinceBest
 from service.jobs.fact import Telemetry
@@ -260,6 +261,7 @@ __all__ = [
     "WorkerResources",
     "attempt_id",
     "job_of_attempt",
+    "loss_damage_colour",
     "new_hook_id",
     "new_job_id",
     "new_key_id",

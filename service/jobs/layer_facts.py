@@ -203,7 +203,7 @@ class StatisticsCertificate(Telemetry):
     ``recomputed`` says that the checkpoint also holds population statistics, by ``estimator`` from ``num_images``.
     ``initial_weight`` is how much of the stored ones is still their initial value, ``lag_steps`` how far a moving
     average trails moving weights. What was measured of drift is of ``measured_step``, the damage of ``evaluated_step``,
-    the last evaluation's.
+    the last evaluation's, as is ``population_loss``, in nats.
     """
 
     estimator: str
@@ -218,3 +218,4 @@ class StatisticsCertificate(Telemetry):
     evaluated_step: int | None = None
     loss_damage: float | None = None
     loss_damage_interval: Interval | None = None
+    population_loss: float | None = None

@@ -3,13 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from service.jobs import DriftColour, Evaluation
+from service.jobs import DriftColour, Evaluation, loss_damage_colour
 from service.jobs import Interval as Bootstrapped
-from service.reports.margins import practical_size
 
 Z_95 = 1.959964
-AMBER_LOSS_SHARE = 0.01
-RED_LOSS_SHARE = 0.05
+AMBER_ACCURACY = 0.001
 RED_ACCURACY = 0.005
 
 
@@ -52,25 +50,22 @@ def accuracy_damage(evaluation: Evaluation) -> Interval:
 
 
 def colour_of(evaluation: Evaluation) -> DriftColour:
-    """The colour of measured damage; an effect counts only when its 95 % interval lies above 0.
+    """The colour of measured damage, by what its 95 % intervals make certain.
 
-    Red: loss damage above 5 % of the population loss, or accuracy damage above 0.5 point, or stored statistics
-    that give no finite loss. Amber: loss damage of 1 to 5 %, or smaller accuracy damage that counts. Undecided:
-    no interval, or a loss interval that reaches from no damage into red. Green: everything else.
+    Red: a loss damage certainly above 5 % of the population loss (`service.jobs.loss_damage_colour`), or a loss of
+    accuracy certainly above 0.5 point, or stored statistics that give no finite loss. Amber: certainly above 1 %, or
+    above 0.1 point. Undecided: no interval, or one of the loss that reaches from no matter into red. Green: everything
+    else.
     """
     if not math.isfinite(evaluation.stored.loss):
         return DriftColour.RED
     loss, accuracy = loss_damage(evaluation), accuracy_damage(evaluation)
-    scale = practical_size(evaluation.population.loss)
-    if (loss.low > 0 and loss.mean > RED_LOSS_SHARE * scale) or (accuracy.low > 0 and accuracy.mean > RED_ACCURACY):
+    by_loss = loss_damage_colour(loss.low, loss.high, evaluation.population.loss)
+    if by_loss is DriftColour.RED or accuracy.low > RED_ACCURACY:
         return DriftColour.RED
-    if not (loss.known and accuracy.known and math.isfinite(scale)) or evaluation.num_images < 2:
+    if not accuracy.known or evaluation.num_images < 2:
         return DriftColour.UNDECIDED
-    if (loss.low > 0 and loss.mean >= AMBER_LOSS_SHARE * scale) or accuracy.low > 0:
-        return DriftColour.AMBER
-    if loss.low <= 0 and loss.high > RED_LOSS_SHARE * scale:
-        return DriftColour.UNDECIDED
-    return DriftColour.GREEN
+    return DriftColour.AMBER if accuracy.low > AMBER_ACCURACY else by_loss
 
 
 def poor_under_both(evaluation: Evaluation, num_classes: int | None) -> bool:

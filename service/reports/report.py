@@ -23,6 +23,7 @@ from service.reports.convergence import LossCourse
 from service.reports.damage import poor_under_both
 from service.reports.drift import judge_drift
 from service.reports.momentum import judge_momentum
+from service.reports.other_data import of_data
 from service.reports.overfitting import judge_overfitting
 from service.reports.ranks import judge_ranks
 from service.reports.record import JobRecord
@@ -69,7 +70,7 @@ def report_job(record: JobRecord) -> JobReport:
         target=_target(record, ordered),
         channels=list_channels(record.samples),
         momentum=judge_momentum(record.momentum_replay),
-        checkpoint=judge_checkpoint(record.checkpoints, ordered),
+        checkpoint=judge_checkpoint(record.checkpoints),
         first_to_change=_first_to_change(record, convergence),
         last_evaluation=ordered[-1] if ordered else None,
         evaluations=ordered,
@@ -86,6 +87,7 @@ def _find(report: JobReport, record: JobRecord, classes: int | None) -> Iterator
         findings.of_losses(report.convergence, report.overfitting),
         findings.of_modes(record.mode_faults),
         statistics_findings.of_ranks(report.ranks, record.drift, spec),
+        of_data(last),
         statistics_findings.of_damage(report.drift, last, spec),
         statistics_findings.of_staleness(report.stale, report.momentum, spec),
         statistics_findings.of_momentum(report.momentum, report.drift.colour),

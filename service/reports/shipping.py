@@ -3,20 +3,18 @@
 import math
 from collections.abc import Sequence
 
-from service.jobs import CheckpointSaved, DriftColour, Evaluation, ShippingVerdict, StatisticsCertificate
-from service.reports.damage import AMBER_LOSS_SHARE
-from service.reports.margins import LEFT_OF_INITIAL, practical_size
+from service.jobs import CheckpointSaved, DriftColour, ShippingVerdict, StatisticsCertificate, loss_damage_colour
+from service.reports.advice import is_harmful
+from service.reports.margins import LEFT_OF_INITIAL
 
 
-def judge_checkpoint(
-    checkpoints: Sequence[CheckpointSaved], evaluations: Sequence[Evaluation] = ()
-) -> ShippingVerdict | None:
+def judge_checkpoint(checkpoints: Sequence[CheckpointSaved]) -> ShippingVerdict | None:
     """The verdict on the checkpoint that was told last; None without one.
 
     Green: it holds population statistics too, or running ones that were measured at its own step and against which
-    nothing speaks. Amber: more than 1 % of them is their initial value, or they are shown to cost 1 % of the loss,
-    or to give no finite one.
-    Undecided: not measured, or at another step. Cost: O(evaluations).
+    nothing speaks. Amber: more than 1 % of them is their initial value, or they are certain to cost 1 % of the
+    loss (`service.jobs.loss_damage_colour`), or to give no finite one. Undecided: not measured, by too few
+    images, or at another step.
     """
     if not checkpoints:
         return None
@@ -28,13 +26,13 @@ def judge_checkpoint(
         colour = DriftColour.GREEN
         sentence = f"it also holds population statistics of {certificate.num_images} images: ship those."
     else:
-        colour, sentence = _judge(certificate, saved.step, evaluations)
+        colour, sentence = _judge(certificate, saved.step)
     return ShippingVerdict(
         colour=colour, sentence=f"Checkpoint of step {saved.step}: {sentence}", step=saved.step, certificate=certificate
     )
 
 
-def _judge(certificate: StatisticsCertificate, step: int, evaluations: Sequence[Evaluation]) -> tuple[DriftColour, str]:
+def _judge(certificate: StatisticsCertificate, step: int) -> tuple[DriftColour, str]:
     if not certificate.initial_weight <= LEFT_OF_INITIAL:
         return DriftColour.AMBER, (
             f"{certificate.initial_weight:.2g} of its running statistics is still what they began with, after "
@@ -49,13 +47,11 @@ def _judge(certificate: StatisticsCertificate, step: int, evaluations: Sequence[
         f"its running statistics change the validation loss by {damage:+.3g} nats (95 % interval {interval.low:+.3g} "
         f"to {interval.high:+.3g}, step {certificate.evaluated_step})"
     )
-    if interval.low > 0 and damage >= AMBER_LOSS_SHARE * _size(certificate, evaluations):
+    colour = loss_damage_colour(interval.low, interval.high, certificate.population_loss)
+    if is_harmful(colour):
         return DriftColour.AMBER, f"{measured}: ship population statistics instead."
+    if colour is DriftColour.UNDECIDED:
+        return DriftColour.UNDECIDED, f"{measured}: too few images to tell."
     if step not in (certificate.measured_step, certificate.evaluated_step):
         return DriftColour.UNDECIDED, f"{measured}, but the weights are those of step {step}."
     return DriftColour.GREEN, f"{measured}: nothing speaks against shipping them."
-
-
-def _size(certificate: StatisticsCertificate, evaluations: Sequence[Evaluation]) -> float:
-    losses = [e.population.loss for e in evaluations if e.step == certificate.evaluated_step]
-    return practical_size(losses[-1] if losses else 0.0)

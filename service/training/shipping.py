@@ -1,11 +1,12 @@
 """What leaves with a checkpoint's weights: the running statistics to ship, and what is known of them."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from service.jobs import Drift, Evaluation, StatisticsCertificate
+from service.jobs import Drift, DriftColour, Evaluation, Interval, StatisticsCertificate, loss_damage_colour
 from service.training.checkpoint import Checkpoint
 from syncbn import BatchMoments, Estimator
 from syncbn.layers import tracked_layers
@@ -37,6 +38,7 @@ def certify_statistics(
         evaluated_step=evaluation and evaluation.step,
         loss_damage=evaluation and evaluation.loss_damage,
         loss_damage_interval=evaluation and evaluation.loss_damage_interval,
+        population_loss=evaluation and evaluation.population.loss,
     )
 
 
@@ -89,7 +91,7 @@ def _doubts(checkpoint: Checkpoint) -> Iterator[str]:
     interval = certificate.loss_damage_interval
     if interval is None:
         yield "What the running statistics cost was not measured: there was no evaluation."
-    elif not interval.low <= 0:
+    elif not _harmless(interval, certificate.population_loss):
         yield (
             f"The running statistics cost {certificate.loss_damage:+.3g} nats of validation loss against the "
             f"population's (95 % interval {interval.low:+.3g} to {interval.high:+.3g}), measured at step "
@@ -97,6 +99,13 @@ def _doubts(checkpoint: Checkpoint) -> Iterator[str]:
         )
     if not all(value.isfinite().all() for key, value in checkpoint.model.items() if ".running_" in f".{key}"):
         yield "Some running statistics are not finite."
+
+
+def _harmless(interval: Interval, population_loss: float | None) -> bool:
+    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return False
+    colour = loss_damage_colour(interval.low, interval.high, population_loss)
+    return colour in (DriftColour.GREEN, DriftColour.UNDECIDED)
 
 
 def _num_batches(model: nn.Module) -> list[int]:

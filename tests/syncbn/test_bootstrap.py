@@ -71,6 +71,14 @@ def test_equal_values_leave_no_room() -> None:
     assert mean_interval(torch.zeros(1), generator=_generator()) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(("lost", "won", "seed"), [(7, 2, 2), (8, 2, 3), (9, 3, 0)])
+def test_an_end_at_zero_is_zero_and_not_what_rounding_leaves(lost: int, won: int, seed: int) -> None:
+    """Means of resampled answers that were lost and won of 360 can be 0; rounding put 2e-18 there, above 0."""
+    values = torch.cat([torch.ones(lost), -torch.ones(won), torch.zeros(360 - lost - won)]).double()
+    low, _ = mean_interval(values, generator=_generator(seed))
+    assert low == 0.0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_has_no_interval(value: float) -> None:
     low, high = mean_interval(torch.tensor([0.0, value, 1.0]), generator=_generator())

@@ -58,16 +58,17 @@ def _spec(**fields: Any) -> JobSpec:
     ("loss", "accuracy", "colour"),
     [
         ((0.000, 0.001), (0.0, 0.001), DriftColour.GREEN),
-        ((0.003, 0.0001), (0.0, 0.001), DriftColour.GREEN),  # shown, but under 1 % of 0.4
-        ((0.012, 0.001), (0.0, 0.001), DriftColour.AMBER),  # 3 %
-        ((0.024, 0.001), (0.0, 0.001), DriftColour.RED),  # 6 %
-        ((0.018, 0.008), (0.0, 0.001), DriftColour.AMBER),  # 4.5 %, interval 0.002 to 0.034
-        ((0.018, 0.010), (0.0, 0.001), DriftColour.UNDECIDED),  # interval -0.002 to 0.038: nothing to 9 %
+        ((0.003, 0.0001), (0.0, 0.001), DriftColour.GREEN),  # shown, but under 0.005 nats
+        ((0.012, 0.001), (0.0, 0.001), DriftColour.AMBER),
+        ((0.030, 0.001), (0.0, 0.001), DriftColour.RED),  # all of it above 5 % of half a nat, 0.025
+        ((0.026, 0.001), (0.0, 0.001), DriftColour.AMBER),  # interval begins at 0.024
+        ((0.018, 0.008), (0.0, 0.001), DriftColour.UNDECIDED),  # interval 0.002 to 0.034: no matter, or red
         ((0.000, 0.020), (0.0, 0.001), DriftColour.UNDECIDED),
-        ((0.000, 0.009), (0.0, 0.001), DriftColour.GREEN),  # interval ends at 4.4 %
+        ((0.000, 0.012), (0.0, 0.001), DriftColour.GREEN),  # interval ends at 0.0235
         ((-0.03, 0.005), (0.0, 0.001), DriftColour.GREEN),  # stored does better
-        ((0.000, 0.001), (0.004, 0.001), DriftColour.AMBER),
-        ((0.000, 0.001), (0.010, 0.002), DriftColour.RED),
+        ((0.000, 0.001), (0.004, 0.001), DriftColour.AMBER),  # accuracy certainly 0.2 points worse
+        ((0.000, 0.001), (0.002, 0.0009), DriftColour.GREEN),  # by 0.02 points
+        ((0.000, 0.001), (0.010, 0.002), DriftColour.RED),  # by 0.6 points
         ((0.000, 0.001), (0.010, 0.006), DriftColour.GREEN),  # accuracy not shown, loss tells
         ((0.000, 0.020), (0.010, 0.002), DriftColour.RED),  # accuracy tells where the loss does not
     ],

@@ -7,7 +7,6 @@ import pytest
 
 from service.jobs import CheckpointSaved, DriftColour, Interval, StatisticsCertificate
 from service.reports.shipping import judge_checkpoint
-from tests.service.reports.records import evaluation_of
 
 
 def _saved(step: int = 500, **fields: Any) -> CheckpointSaved:
@@ -38,6 +37,12 @@ def _saved(step: int = 500, **fields: Any) -> CheckpointSaved:
         (_saved(initial_weight=math.nan), DriftColour.AMBER, "nan"),
         (_saved(loss_damage=0.1, loss_damage_interval=Interval(low=0.05, high=0.2)), DriftColour.AMBER, "+0.1 nats"),
         (_saved(loss_damage=0.003, loss_damage_interval=Interval(low=0.001, high=0.005)), DriftColour.GREEN, "+0.003"),
+        (_saved(loss_damage=0.02, loss_damage_interval=Interval(low=0.001, high=0.05)), DriftColour.UNDECIDED, "few"),
+        (
+            _saved(loss_damage=0.02, loss_damage_interval=Interval(low=0.015, high=0.03), population_loss=2.0),
+            DriftColour.GREEN,
+            "+0.02",
+        ),
         (_saved(loss_damage=None, loss_damage_interval=None), DriftColour.UNDECIDED, "not measured"),
         (_saved(loss_damage=math.nan), DriftColour.AMBER, "no finite validation loss"),
         (_saved(step=600), DriftColour.UNDECIDED, "weights are those of step 600"),
@@ -47,8 +52,7 @@ def _saved(step: int = 500, **fields: Any) -> CheckpointSaved:
 def test_a_checkpoint_ships_what_was_measured_at_its_step(
     saved: CheckpointSaved, colour: DriftColour, words: str
 ) -> None:
-    """1 % of a loss of 0.4 is 0.004 nats: damage below does not matter, though it is shown."""
-    verdict = judge_checkpoint([_saved(initial_weight=0.5), saved], [evaluation_of()])
+    verdict = judge_checkpoint([_saved(initial_weight=0.5), saved])
     assert verdict is not None
     assert (verdict.colour, verdict.step) == (colour, saved.step)
     assert words in verdict.sentence

@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ SOUND = StatisticsCertificate(
     measured_step=7,
     evaluated_step=7,
     loss_damage=0.001,
-    loss_damage_interval=Interval(low=-0.01, high=0.012),
+    loss_damage_interval=Interval(low=0.001, high=0.012),  # certain, and too little to matter
 )
 
 
@@ -72,7 +73,8 @@ def test_a_run_that_recomputes_saves_both_and_goes_on_as_one_that_does_not(tmp_p
     assert (saved.recomputed, saved.num_images, saved.measured_step, saved.evaluated_step) == (True, 48, 14, 14)
     assert saved.num_batches == 14
     assert saved.initial_weight == pytest.approx(0.9**14)
-    assert saved.loss_damage == of(Evaluation, events)[-1].loss_damage
+    evaluation = of(Evaluation, events)[-1]
+    assert (saved.loss_damage, saved.population_loss) == (evaluation.loss_damage, evaluation.population.loss)
     # The population once more, by the library on one process, for the weights that were saved.
     dataset = load_dataset(spec.data)
     model = build_model(spec.model, dataset.sample_shape, dataset.num_classes, spec.bn_momentum)
@@ -106,6 +108,7 @@ def test_a_checkpoint_between_two_looks_says_when_its_statistics_were_measured(t
         (SOUND.model_copy(update={"measured_step": 5}), "last measured at step 5"),
         (SOUND.model_copy(update={"initial_weight": 0.6}), "60.0% of the running statistics is still"),
         (SOUND.model_copy(update={"loss_damage_interval": Interval(low=0.01, high=0.02)}), r"\+0.001 nats"),
+        (SOUND.model_copy(update={"loss_damage_interval": Interval(low=math.nan, high=math.nan)}), "nan"),
         (SOUND.model_copy(update={"loss_damage_interval": None}), "there was no evaluation"),
     ],
 )
