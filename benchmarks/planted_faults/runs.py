@@ -25,7 +25,7 @@ from service.training.context import RankContext
 from service.training.loop import train
 from tests.ranks import run_ranks
 
-_CHUNK = 6
+_CHUNK = 20
 _RUN_S = 120.0
 
 
