@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from service.jobs import ResumeCertificate
 from service.training.dataset import Dataset
-from service.training.evaluation import evaluation_mode
+from service.training.lone_copy import lone_copy
 
 NUM_PROBE_IMAGES = 64
 """The first of the validation images: the same ones however many ranks there are."""
@@ -39,11 +39,13 @@ class Prover:
     def prove(self, model: nn.Module) -> Proof:
         """The proof of ``model`` as it stands; it is left as it was.
 
-        Cost: one forward pass of at most 64 images in evaluation mode, a copy of the model to the CPU and its
-        SHA-256; no exchange, so one rank may do it alone.
+        Cost: one forward pass of at most 64 images in evaluation mode, a copy of the model, another one to the CPU and
+        its SHA-256; no exchange, so one rank may do it alone.
         """
-        with evaluation_mode(model), torch.no_grad(), self.autocast():
-            logits = model(self.images).double()
+        # A layer that stays in training mode would wait for other ranks, and move its running statistics.
+        probed = lone_copy(model).eval()
+        with torch.no_grad(), self.autocast():
+            logits = probed(self.images).double()
         return Proof(
             num_workers=self.num_workers,
             probe_loss=F.cross_entropy(logits, self.labels).item(),

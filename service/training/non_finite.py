@@ -5,8 +5,6 @@ touched and no other rank is waited for. A rank whose own batch gives finite num
 by the statistics or gradients that they share.
 """
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from service.jobs import NonFinite, NonFinitePlace
-from syncbn import revert_sync_batchnorm
+from service.training.lone_copy import lone_copy
 
 
 def first_non_finite(
@@ -34,7 +32,7 @@ def first_non_finite(
     """
     if (found := _fault(images)) is not None:
         return NonFinite(step=step, place=NonFinitePlace.INPUT, tensor="", detail=found)
-    search = _Search(revert_sync_batchnorm(_bare_copy(model)))
+    search = _Search(lone_copy(model))
     if len(images) == 1:  # twice the same image has the same mean and biased variance, and torch wants two
         images, labels = images.repeat_interleave(2, dim=0), labels.repeat_interleave(2)
     with torch.no_grad(), autocast():
@@ -51,12 +49,6 @@ def first_non_finite(
         tensor="",
         detail="this rank's images, and all that it makes of them alone, are finite",
     )
-
-
-def _bare_copy(model: nn.Module) -> nn.Module:
-    """Without the hooks of whoever watches the run: they would take the search for a step."""
-    hooks = [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
-    return copy.deepcopy(model, {id(of_module): OrderedDict() for of_module in hooks})
 
 
 class _Search:
