@@ -33,12 +33,12 @@ class SinceBest(Telemetry):
 
 
 class DataShift(Telemetry):
-    """How validation images look to one BatchNorm layer, against training images in the same mode.
+    """How validation images look to the first BatchNorm layer, in order of execution, against training images.
 
-    Of the first layer, in order of execution, that moved; else of the first of all. `syncbn.drift.LayerShift` defines
-    the numbers: shifts in standard deviations of the training images, ``mean_abs_log_var_ratio`` in nats, ``p`` of
-    chance alone. ``max_mean_shift_is_higher`` tells the direction of that channel; ``mean_log_var_ratio`` above 0 that
-    validation images vary more. ``moved``: by more than chance, and by enough to matter.
+    Shifts are in standard deviations of the training images, ratios of variances in nats; ``mean_p`` and ``var_p`` are
+    probabilities under chance alone, as `syncbn.drift.LayerShift` defines them. ``max_mean_shift_is_higher`` tells the
+    direction of that channel; ``mean_log_var_ratio`` above 0 that validation images vary more. ``moved``: beyond chance
+    and by enough to matter, and not as images that were learned by heart make validation images move.
     """
 
     layer: str
@@ -46,9 +46,10 @@ class DataShift(Telemetry):
     max_mean_shift: float
     max_mean_shift_channel: int
     max_mean_shift_is_higher: bool
-    mean_abs_log_var_ratio: float
     mean_log_var_ratio: float
-    p: float
+    mean_abs_log_var_ratio: float
+    mean_p: float
+    var_p: float
     moved: bool
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from service.jobs import Evaluation, Interval, Scores, SinceBest
+from service.jobs import DataShift, Evaluation, Interval, Scores, SinceBest
 from syncbn.bootstrap import mean_interval
 
 
@@ -43,8 +43,16 @@ class BestEvaluation:
         )
 
 
-def compare(stored: Tensor, precise: Tensor, train: Tensor, best: BestEvaluation, step: int, epoch: int) -> Evaluation:
-    """The evaluation of a model at ``step``, and ``best`` is told of it.
+def compare(
+    stored: Tensor,
+    precise: Tensor,
+    train: Tensor,
+    best: BestEvaluation,
+    step: int,
+    epoch: int,
+    data_shift: DataShift | None = None,
+) -> Evaluation:
+    """The evaluation of a model at ``step``, with the ``data_shift`` that was found; and ``best`` is told of it.
 
     Each tensor is float64 ``(2, N)`` on the CPU, loss in nats and rightness (0 or 1) of each image: ``stored`` and
     ``precise`` of the same validation images in the same order, with stored and with population statistics;
@@ -65,6 +73,7 @@ def compare(stored: Tensor, precise: Tensor, train: Tensor, best: BestEvaluation
         accuracy_damage_interval=_interval(accuracy_damage, step),
         train=_scores(train),
         since_best=best.since(precise[0], step),
+        data_shift=data_shift,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from service.jobs import Drift, Evaluation
 from service.training.comparison import BestEvaluation, compare
 from service.training.context import RankContext
+from service.training.data_shift import measure_data_shift, seen_by_first_layer
 from service.training.dataset import Dataset
 from service.training.layer_drift import layer_drifts
 from service.training.population import Population, measure_population
@@ -61,21 +62,23 @@ class Examiner:
     def evaluate(self, model: nn.Module, population: Population, step: int, epoch: int) -> Evaluation | None:
         """Scores with rank 0's stored statistics, which a checkpoint ships, and with ``population``'s.
 
-        Two passes over this rank's validation images and one over its population images, in evaluation mode, and two
-        exchanges; the model is left as it was. Rank 0 is brought the scores of every single image, and makes the
+        Two passes over this rank's validation images and one over its population images, in evaluation mode, and
+        three exchanges; the model is left as it was. Rank 0 is brought the scores of every single image, and makes the
         evaluation of them; the others get None.
         """
         with evaluation_mode(model):
             with _buffers_of_rank_zero(model, self.context):
                 stored = self._judge(model, self.validation_images)
             with using_statistics(model, population.moments):
-                precise = self._judge(model, self.validation_images)
+                with seen_by_first_layer(model, population) as seen:
+                    precise = self._judge(model, self.validation_images)
                 train = self._judge(model, self.population_images)
         scores = self._brought_to_rank_zero(torch.cat([stored, precise]), self.validation_images)
         trains = self._brought_to_rank_zero(train, self.population_images)
+        shift = measure_data_shift(model, population, seen)
         if scores is None or trains is None:
             return None
-        return compare(scores[:2], scores[2:], trains, self.best, step, epoch)
+        return compare(scores[:2], scores[2:], trains, self.best, step, epoch, shift)
 
     def drift(self, model: nn.Module, population: Population, step: int, *, has_no_start: bool = False) -> Drift:
         """Stored statistics against ``population``, and the ranks' against each other. One exchange."""

@@ -152,6 +152,8 @@ def _sentence(step: int, evaluation: Evaluation | None, drift: Drift | None) -> 
             f"validation loss {stored.loss:.4g}, accuracy {stored.accuracy:.2%}; "
             f"with population statistics {population.loss:.4g}, {population.accuracy:.2%}"
         )
+        if evaluation.data_shift and evaluation.data_shift.moved:
+            parts.append(f"validation images are not like training images to layer {evaluation.data_shift.layer}")
     if drift and drift.layers:
         worst = max(drift.layers, key=lambda layer: layer.rms_mean_shift)
         parts.append(f"worst mean shift {worst.rms_mean_shift:.3g} sigma in layer {worst.layer}")

@@ -35,19 +35,23 @@ def measure_population(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]
     with image_moments(model) as seen:
         moments = population_statistics(model, batches)
     layers = tracked_layers(model).items()
-    own = {path: seen.get(path) or ImageMoments.empty(layer.num_features, _device(layer)) for path, layer in layers}
-    together = _over_ranks(own)
+    own = {path: seen.get(path) or empty_moments(layer) for path, layer in layers}
+    together = over_ranks(own, "moments of population images")
     return Population(moments, {path: together[path] for path in moments})
 
 
-def _over_ranks(own: dict[str, ImageMoments]) -> dict[str, ImageMoments]:
-    """Merged in the order of ranks, so that all get the same bits."""
+def over_ranks(own: dict[str, ImageMoments], purpose: str) -> dict[str, ImageMoments]:
+    """What all ranks saw, by layer: merged in the order of ranks, so that all get the same bits.
+
+    One exchange, which errors call by its ``purpose``; all ranks must call with the same layers, also who saw nothing
+    and brings `ImageMoments.empty`.
+    """
     group = peers(None)
     if group is None or not own:
         return own
     packed = [moments.pack() for moments in own.values()]
     vector = torch.cat(packed)
-    rows = gather_over_ranks(vector, group, Exchange("moments of population images", num_values=vector.numel()))
+    rows = gather_over_ranks(vector, group, Exchange(purpose, num_values=vector.numel()))
     first, *others = [torch.split(row, [part.numel() for part in packed]) for row in rows]
     together = dict(zip(own, map(ImageMoments.unpack, first), strict=True))
     for parts in others:
@@ -56,5 +60,6 @@ def _over_ranks(own: dict[str, ImageMoments]) -> dict[str, ImageMoments]:
     return together
 
 
-def _device(layer: _BatchNorm) -> torch.device:
-    return running_moments(layer)[0].device
+def empty_moments(layer: _BatchNorm) -> ImageMoments:
+    """What ``layer`` is fed by a rank without images."""
+    return ImageMoments.empty(layer.num_features, running_moments(layer)[0].device)

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from syncbn.drift.distances import log_var_ratio, mean_shift
@@ -26,16 +25,24 @@ class LayerShift:
     """One layer's moments on other data against those on the data of training.
 
     ``rms_mean_shift``, ``max_mean_shift``: in standard deviations; ``max_mean_shift_channel`` is that of the latter.
-    ``mean_abs_log_var_ratio``: in nats.
-    ``p``: of its least probable mean or variance, times the number of all that were looked at (Bonferroni), at most 1.
+    ``mean_log_var_ratio``, ``mean_abs_log_var_ratio``: in nats; the former is above 0 where other data vary more.
+    ``mean_p``, ``var_p``: of its least probable mean and variance, times the number of all means and variances that
+    were looked at (Bonferroni), at most 1.
     """
 
     layer: str
     rms_mean_shift: float
     max_mean_shift: float
     max_mean_shift_channel: int
+    mean_log_var_ratio: float
     mean_abs_log_var_ratio: float
-    p: float
+    mean_p: float
+    var_p: float
+
+    @property
+    def p(self) -> float:
+        """Of the less probable of both."""
+        return min(self.mean_p, self.var_p)
 
     def moved(self, *, level: float = 0.01, size: float = 0.1) -> bool:
         """Whether the layer moved by more than chance does, and by ``size`` standard deviations or nats at least."""
@@ -88,15 +95,21 @@ def _layer_shift(path: str, train: ImageMoments, other: ImageMoments, eps: float
     ratio = log_var_ratio(other.var, train.var, eps)
     mean_p = _welch(other.mean - train.mean, *_mean_errors(train), *_mean_errors(other))
     var_p = _welch((other.var / train.var).log(), *_log_var_errors(train), *_log_var_errors(other))
-    least = torch.cat([mean_p, var_p]).nan_to_num(1.0).min()
     return LayerShift(
         layer=path,
         rms_mean_shift=float(shift.square().mean().sqrt()),
         max_mean_shift=float(shift.abs().max()),
         max_mean_shift_channel=int(shift.abs().argmax()),
+        mean_log_var_ratio=float(ratio.mean()),
         mean_abs_log_var_ratio=float(ratio.abs().mean()),
-        p=min(1.0, float(least) * num_tests),
+        mean_p=_least_of(mean_p, num_tests),
+        var_p=_least_of(var_p, num_tests),
     )
+
+
+def _least_of(p: Tensor, num_tests: int) -> float:
+    """By Bonferroni; a channel whose p is no number proves nothing."""
+    return min(1.0, float(p.nan_to_num(1.0).min()) * num_tests)
 
 
 def _mean_errors(moments: ImageMoments) -> tuple[Tensor, Tensor]:

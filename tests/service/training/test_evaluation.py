@@ -145,11 +145,18 @@ def test_ranks_together_find_what_one_rank_finds_with_the_statistics_of_rank_zer
     # The same images in the same order, drawn by the same generator: intervals differ by the rounding of the losses.
     for one, other in ((first, alone), (second, alone_after)):
         assert _ends(one) == pytest.approx(_ends(other), rel=1e-9, abs=1e-15)
+        assert _shift(one) == pytest.approx(_shift(other), rel=1e-9)
     assert first.since_best is None
     assert second.since_best is not None
     assert (first.num_images, drift.num_population_images) == (37, 1000)
     for _, _, _, before, after in together:
         assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def _shift(evaluation: Evaluation) -> dict[str, float]:
+    assert evaluation.data_shift is not None
+    assert evaluation.data_shift.layer == "2"
+    return evaluation.data_shift.model_dump(exclude={"layer"})
 
 
 def _ends(evaluation: Evaluation) -> list[float]:
@@ -191,6 +198,7 @@ def test_a_rank_without_images_still_joins_the_exchange() -> None:
     assert evaluation.train is not None
     assert alone.train is not None
     assert evaluation.train.loss == pytest.approx(alone.train.loss, rel=1e-12)
+    assert _shift(evaluation) == pytest.approx(_shift(alone), rel=1e-9)
 
 
 @pytest.mark.parametrize(("num_train", "expected"), [(2000, 1000), (372, 372), (1, 1)])
