@@ -7,41 +7,65 @@ from service.reports.margins import STALE_SHIFT
 
 WORTHWHILE = 0.5
 """A momentum is better if it leaves at most this share of the output error: smaller gains change from step to step."""
+_SQUARE = "(root mean square)"
 
 
 def judge_momentum(replay: MomentumReplay | None) -> MomentumVerdict | None:
     """The best replayed momentum against the one in use; better only if it halves the output error of the worst layer.
 
-    A shift below 0.05 sd is no reason to change anything.
+    Running means that are off by less than 0.05 sd are no reason to change anything. Numbers are judged as they are
+    printed, with three digits, so that no sentence can contradict its verdict.
     """
     if replay is None:
         return None
     by_momentum = {candidate.momentum: candidate for candidate in replay.candidates}
     used, best = by_momentum.get(replay.used), by_momentum.get(replay.best)
     if used is None or best is None:
-        return MomentumVerdict(
-            sentence="Undecided: the momenta replayed lack the one in use.", better=None, replay=replay
-        )
-    if not math.isfinite(best.rms_mean_shift):
-        return MomentumVerdict(
-            sentence="Undecided: no momentum gives running statistics that are finite.", better=None, replay=replay
-        )
-    is_better = used.rms_mean_shift >= STALE_SHIFT and _is_better(best, used)
-    over = f"replayed over the last {replay.num_steps} steps"
-    if is_better:
+        return _not_better("Undecided: the momenta replayed lack the one in use.", replay)
+    if not (math.isfinite(best.rms_mean_shift) and math.isfinite(best.output_error)):
+        return _not_better("Undecided: no momentum gives running statistics that are finite.", replay)
+    gains, matters = _gains(best, used), _printed(used.rms_mean_shift) >= STALE_SHIFT
+    over = f"(replayed over the last {replay.num_steps} steps)"
+    if gains and matters:
         sentence = (
-            f"bn_momentum {best.momentum:g} would have given a shift of {best.rms_mean_shift:.2g} sd in the worst "
-            f"layer instead of {used.rms_mean_shift:.2g} with {used.momentum:g} ({over})."
+            f"bn_momentum {best.momentum:g} would have left the outputs of the worst layer off by "
+            f"{best.output_error:.3g} sd {_SQUARE} instead of {used.output_error:.3g} with {used.momentum:g} {over}."
         )
-    else:
-        sentence = (
-            f"bn_momentum {used.momentum:g} does about as well as any: a shift of {used.rms_mean_shift:.2g} sd in the "
-            f"worst layer, {best.rms_mean_shift:.2g} with {best.momentum:g} ({over})."
-        )
-    return MomentumVerdict(sentence=sentence, better=best.momentum if is_better else None, replay=replay)
+        return MomentumVerdict(sentence=sentence, better=best.momentum, replay=replay)
+    if not (math.isfinite(used.output_error) and math.isfinite(used.rms_mean_shift)):
+        return _not_better(f"Undecided: bn_momentum {used.momentum:g} gives statistics that are not finite.", replay)
+    return _not_better(f"{_well_enough(used, best) if gains else _as_well(used, best)} {over}.", replay)
 
 
-def _is_better(best: ReplayedMomentum, used: ReplayedMomentum) -> bool:
+def _not_better(sentence: str, replay: MomentumReplay) -> MomentumVerdict:
+    return MomentumVerdict(sentence=sentence, better=None, replay=replay)
+
+
+def _gains(best: ReplayedMomentum, used: ReplayedMomentum) -> bool:
+    if best is used:
+        return False
     if not math.isfinite(used.output_error):
-        return math.isfinite(best.output_error)
-    return best.output_error <= WORTHWHILE * used.output_error
+        return True
+    return _printed(best.output_error) <= WORTHWHILE * _printed(used.output_error)
+
+
+def _as_well(used: ReplayedMomentum, best: ReplayedMomentum) -> str:
+    off = f"the outputs of the worst layer are off by {used.output_error:.3g} sd {_SQUARE}"
+    if used.momentum == best.momentum:
+        return f"bn_momentum {used.momentum:g} is the best of those replayed: {off}"
+    return (
+        f"bn_momentum {used.momentum:g} does about as well as any: {off}, and by {best.output_error:.3g} with "
+        f"{best.momentum:g}"
+    )
+
+
+def _well_enough(used: ReplayedMomentum, best: ReplayedMomentum) -> str:
+    return (
+        f"bn_momentum {used.momentum:g} does well enough: running means are off by {used.rms_mean_shift:.3g} sd in the "
+        f"worst layer, and less than {STALE_SHIFT:g} does not matter, although outputs are off by "
+        f"{used.output_error:.3g} sd {_SQUARE}, and by {best.output_error:.3g} with {best.momentum:g}"
+    )
+
+
+def _printed(value: float) -> float:
+    return float(f"{value:.3g}")
