@@ -1,12 +1,12 @@
 """What a run tells of its BatchNorm layers."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from service.jobs.diagnostics import DriftMetric, LimitAction
-from service.jobs.evaluation import Interval, Scores
+from service.jobs.evaluation import Interval
 from service.jobs.fact import Telemetry
 
 
@@ -104,8 +104,9 @@ class BatchNormSample(Telemetry):
 
     ``ranks`` has one finding for each rank, its largest; empty with one rank or too few samples. ``repeating_ranks``
     are fed one image over and over. ``differing_ranks`` are those, by layer, whose running statistics are not those
-    of most, although the layer is synchronized. ``not_compared`` are layers behind one that is not: what reaches
-    them differs by rank even if the data do not.
+    of most, although the layer is synchronized, or who synchronize with another number of ranks than most.
+    ``not_compared`` are layers behind one that not all ranks synchronize: what reaches them differs by rank even if
+    the data do not.
     """
 
     type: Literal["batch_norm_sample"] = "batch_norm_sample"
@@ -120,13 +121,20 @@ class BatchNormSample(Telemetry):
 class ReplayedMomentum(Telemetry):
     """What running statistics with another momentum would have been, against the population at the same weights.
 
-    Drift is that of the worst layer; scores are those of the validation set where they were taken.
+    Drift is that of the worst layer.
     """
 
     momentum: float
     rms_mean_shift: float
     output_error: float
-    scores: Scores | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_scores(cls, fields: Any) -> Any:
+        """Facts that were told by earlier versions name scores, which were always none."""
+        if isinstance(fields, dict) and fields.get("scores", ...) is None:
+            return {name: value for name, value in fields.items() if name != "scores"}
+        return fields
 
 
 class MomentumReplay(Telemetry):

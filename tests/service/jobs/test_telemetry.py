@@ -5,7 +5,16 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from service.jobs import TELEMETRY_EVENT, IngestBatch, JobSpec, RankBatch, StepMetrics, attempt_id, job_of_attempt
+from service.jobs import (
+    TELEMETRY_EVENT,
+    IngestBatch,
+    JobSpec,
+    RankBatch,
+    ReplayedMomentum,
+    StepMetrics,
+    attempt_id,
+    job_of_attempt,
+)
 from service.jobs import new_job_id as new_id
 
 
@@ -45,3 +54,11 @@ def test_ids_sort_by_birth_and_attempts_name_their_job() -> None:
 def test_the_spec_in_the_wire_format_keeps_its_own_rules() -> None:
     with pytest.raises(ValidationError):
         JobSpec.model_validate_json('{"name": "x"}')
+
+
+def test_a_replayed_momentum_of_an_earlier_version_is_read_without_its_empty_scores() -> None:
+    told = {"momentum": 0.1, "rms_mean_shift": 0.2, "output_error": 0.3}
+    assert ReplayedMomentum.model_validate(told | {"scores": None}) == ReplayedMomentum(**told)
+    assert "scores" not in ReplayedMomentum.model_fields
+    with pytest.raises(ValidationError, match="scores"):
+        ReplayedMomentum.model_validate(told | {"scores": {"loss": 0.1}})
