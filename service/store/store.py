@@ -404,12 +404,6 @@ class JobStore:
             require_told(connection, job_id, Told.LOGS)
             return logs.lines_after(connection, job_id, after_seq, limit)
 
-    def append_log(self, job_id: str, attempt: int, rank: int, level: str, text: str) -> None:
-        """Add one line to the job's log."""
-        with self._database.write() as connection:
-            jobs.require_job(connection, job_id)
-            logs.append_lines(connection, job_id, [logs.NewLine(self._clock(), attempt, rank, level, text)])
-
     def record_steps(self, job_id: str, attempt: int, steps: Steps) -> None:
         """Store what ranks measured, in bulk; of a step that a rank tells twice the later word counts.
 

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from service.errors import Conflict, InvalidRequest, NotFound
 from service.jobs import (
+    RUNNER,
     TRANSITIONS,
     CheckpointSaved,
     Control,
     Job,
     JobState,
+    LogLine,
     Phase,
     Reason,
     ReasonClass,
@@ -216,15 +218,17 @@ def test_text_that_is_no_text_is_kept_as_well_as_it_can_be(store: JobStore) -> N
     job, _ = store.create(spec())
     said = store.describe(job.id, detail="half a pair \ud83d and \0, whole \U0001f600")
     assert said.detail == "half a pair \ufffd and \ufffd, whole \U0001f600"
-    store.append_log(job.id, 1, 0, "info", "\udcff")
+    _, token = store.start_attempt(job)
+    store.ingest(attempt_id(job.id, 1), token, batch([LogLine(text="\udcff")]))
     assert [record.text for record in store.logs(job.id)] == ["\ufffd"]
 
 
 def test_everything_is_still_there_after_opening_again(tmp_path: Path, clock: Clock) -> None:
     path = tmp_path / "new folder" / "jobs.sqlite"
     store = JobStore.open(path, clock=clock)
-    job, _ = store.create(spec(), "key")
-    store.append_log(job.id, 1, -1, "info", "hello")
+    job, token = store.start_attempt(store.create(spec(), "key")[0])
+    store.ingest(attempt_id(job.id, 1), token, batch([LogLine(text="hello")], RUNNER))
+    job = store.get(job.id)
     store.close()
     again = JobStore.open(path, clock=clock)
     try:

@@ -135,12 +135,13 @@ def test_pages_tell_each_job_once_while_others_are_made(open_store: OpenStore, c
 
 def test_whatever_writers_do_at_once_a_job_has_one_history(open_store: OpenStore) -> None:
     stores = [open_store() for _ in range(3)]
-    job, token = stores[0].start_attempt(stores[0].create(spec())[0])
+    job, token = stores[0].start_attempt(stores[0].create(spec(num_workers=8))[0])
+    tokens = {1: token}
 
     def work(index: int) -> int:
         store, choose, moves = stores[index % 3], random.Random(index), 0
         for number in range(25):
-            moves += _one_write(store, job.id, token, index, number, choose)
+            moves += _one_write(store, job.id, tokens, index, number, choose)
         return moves
 
     moves = sum(at_once(6, work))
@@ -156,8 +157,10 @@ def test_whatever_writers_do_at_once_a_job_has_one_history(open_store: OpenStore
     assert len({record.text for record in lines}) == len(lines) > 0
 
 
-def _one_write(store: JobStore, job_id: str, token: str, writer: int, number: int, choose: random.Random) -> int:
-    """Do one thing to the job as it stands; 1 where that moved its state."""
+def _one_write(
+    store: JobStore, job_id: str, tokens: dict[int, str], writer: int, number: int, choose: random.Random
+) -> int:
+    """Do one thing to the job as it stands; 1 where that moved its state. ``tokens`` are by attempt."""
     job = store.get(job_id)
     kind = choose.choice(["move", "describe", "log", "tell"])
     # Never into a state that ends it: the writers shall go on disturbing each other.
@@ -165,15 +168,21 @@ def _one_write(store: JobStore, job_id: str, token: str, writer: int, number: in
     if kind == "move" and possible:
         try:
             to = choose.choice(possible)
-            _ = store.start_attempt(job) if to == "starting" else store.transition(job, to)
+            if to == "starting":
+                moved, tokens[job.attempt + 1] = store.start_attempt(job)
+                assert moved.attempt == job.attempt + 1
+            else:
+                store.transition(job, to)
         except Conflict:
             return 0
         return 1
     if kind == "describe":
         store.describe(job_id, phase=choose.choice(list(Phase)), detail=f"{writer} {number}")
     elif kind == "log":
-        store.append_log(job_id, 1, writer, "info", f"{writer} {number}")
+        if job.attempt in tokens:  # else who began the attempt is about to tell its token
+            line = rank_batch([LogLine(text=f"{writer} {number}")], rank=2 + writer, first_seq=number)
+            store.ingest(attempt_id(job_id, job.attempt), tokens[job.attempt], IngestBatch(batches=(line,)))
     else:
         told = rank_batch([PhaseChanged(phase=choose.choice(list(Phase))), started()], rank=writer % 2)
-        store.ingest(attempt_id(job_id, 1), token, IngestBatch(batches=(told,)))
+        store.ingest(attempt_id(job_id, 1), tokens[1], IngestBatch(batches=(told,)))
     return 0
