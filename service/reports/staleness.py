@@ -16,7 +16,7 @@ def judge_staleness(drift: Sequence[Drift], damage: DriftColour, spec: JobSpec) 
     """The verdict on the worst layer of the last drift sample.
 
     Green below a shift of 0.05 sd, amber to 0.2, red beyond. Where no damage is measured it is never red, and green if
-    chance explains the shift. Where damage is shown, statistics that are still more than 1 % initial values are amber
+    chance explains a shift up to 0.2: beyond, it was luck that this step shows no damage. Where damage is shown, statistics that are still more than 1 % initial values are amber
     at least: a variance can be off where no mean is. The cause is the initial value, if more than 1 % of it is left;
     else chance, if the shift is at most twice what sampling leaves (or no channel's z passes its threshold); else lag.
     A shift that is no number is red, and has no cause to tell. Cost: O(samples + layers).
@@ -47,8 +47,10 @@ def judge_staleness(drift: Sequence[Drift], damage: DriftColour, spec: JobSpec) 
     colour = _colour(worst.rms_mean_shift)
     if colour is DriftColour.GREEN and initial > LEFT_OF_INITIAL and damage in (DriftColour.AMBER, DriftColour.RED):
         colour = DriftColour.AMBER
-    if damage is DriftColour.GREEN and colour is not DriftColour.GREEN:
-        colour = DriftColour.GREEN if cause is StaleCause.NOISE else DriftColour.AMBER
+    if damage is DriftColour.GREEN and colour is DriftColour.RED:
+        colour = DriftColour.AMBER
+    elif damage is DriftColour.GREEN and cause is StaleCause.NOISE:
+        colour = DriftColour.GREEN
     return StaleVerdict(
         colour=colour,
         sentence=_sentence(colour, cause, sample.step, worst, initial, lag),

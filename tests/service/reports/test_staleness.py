@@ -52,10 +52,12 @@ def test_the_cause_is_the_start_or_chance_or_lag(fields: dict[str, Any], cause: 
     assert (verdict.colour, verdict.cause) == (R, cause)
 
 
-def test_a_shift_that_chance_explains_is_green_where_it_does_no_harm() -> None:
-    verdict = judge_staleness([drift_of(0.3, **OLD, expected_mean_shift=0.2)], G, spec_of())
+def test_a_shift_that_chance_explains_is_green_where_it_does_no_harm_unless_it_is_large() -> None:
+    verdict = judge_staleness([drift_of(0.2, **OLD, expected_mean_shift=0.2)], G, spec_of())
     assert (verdict.colour, verdict.cause) == (G, None)
     assert "chance" in verdict.sentence
+    large = judge_staleness([drift_of(0.3, **OLD, expected_mean_shift=0.2)], G, spec_of())
+    assert (large.colour, large.cause) == (A, StaleCause.NOISE)
 
 
 def test_what_older_jobs_did_not_record_is_reckoned_from_the_spec() -> None:
