@@ -24,7 +24,7 @@ class Expected:
     step: int | None = None
     channels: tuple[int, ...] | None = None
     tensor: bool = False
-    """Whether the first tensor that is not finite must be named."""
+    """Whether the first tensor that is not finite must be named, if the loss ever was not."""
     failure: str | None = None
     examined: Mapping[str, str] = field(default_factory=dict)
 
@@ -34,8 +34,10 @@ class Expected:
             return False
         if any(examined.get(name) != value for name, value in self.examined.items()):
             return False
-        if self.tensor and (report.convergence.non_finite is None or not report.convergence.non_finite.tensor):
-            return False
+        if self.tensor and report.convergence.first_non_finite_step is not None:
+            origin = report.convergence.non_finite
+            if origin is None or not origin.tensor:
+                return False
         found = self._of_kind(report)
         if self.kinds and not any(self._fits(finding) for finding in found):
             return False
