@@ -16,9 +16,10 @@ def judge_staleness(drift: Sequence[Drift], damage: DriftColour, spec: JobSpec) 
     """The verdict on the worst layer of the last drift sample.
 
     Green below a shift of 0.05 sd, amber to 0.2, red beyond. Where no damage is measured it is never red, and green if
-    chance explains a shift up to 0.2: beyond, it was luck that this step shows no damage. Where damage is shown, statistics that are still more than 1 % initial values are amber
-    at least: a variance can be off where no mean is. The cause is the initial value, if more than 1 % of it is left;
-    else chance, if the shift is at most twice what sampling leaves (or no channel's z passes its threshold); else lag.
+    chance explains a shift up to 0.2: beyond, it was luck that this step shows no damage. Where damage is shown,
+    statistics that are still more than 1 % initial values are amber at least: a variance can be off where no mean is.
+    The cause is the initial value, if more than 1 % of it is left; else chance, if the shift is at most twice what
+    sampling leaves (or no channel's z passes its threshold); else lag.
     A shift that is no number is red, and has no cause to tell. Cost: O(samples + layers).
     """
     sample = last_drift(drift)
