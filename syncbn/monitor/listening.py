@@ -23,11 +23,12 @@ class Listening:
     """Hooks on ``layers``, at least one, from when it is made until `stop`; they read, and write nothing.
 
     What does not count is passed by: a layer in evaluation mode, a recomputation of activation checkpointing and
-    compiled code. Nothing waits for a device.
+    compiled code, of which only the updates of running statistics are told. Nothing waits for a device.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        self._recordings = {layer: Recording(layer) for layer in layers.values()}
+        counts = zip(layers.values(), _counts_of_batches(list(layers.values())), strict=True)
+        self._recordings = {layer: Recording(layer, num_batches) for layer, num_batches in counts}
         self._num_heard = 0
         self._handles: list[RemovableHandle] = []
         for layer in self._recordings:
@@ -81,6 +82,14 @@ class Listening:
     def _after(self, layer: _BatchNorm, _: Any, output: Tensor) -> None:
         if _counts(layer):
             self._recordings[layer].add_output(output)
+
+
+def _counts_of_batches(layers: Sequence[_BatchNorm]) -> list[Tensor | None]:
+    """How many each layer has tracked, ``()``, now and for good; None if it counts none. One copy for all."""
+    counters = [layer.num_batches_tracked for layer in layers]
+    known = [counter for counter in counters if counter is not None]
+    copies = iter(torch.stack(known)) if known else iter(())
+    return [None if counter is None else next(copies) for counter in counters]
 
 
 def _counts(layer: _BatchNorm) -> bool:

@@ -39,7 +39,8 @@ class BatchNormMonitor:
 
     A step is all that is between two calls of `step`: several forwards, as with accumulated gradients, count
     together, as do several calls of one layer. Evaluation in between, recomputation by activation checkpointing, masked
-    positions and frozen layers do not count; a rank may have no images. Inside compiled code nothing is seen.
+    positions and frozen layers do not count; a rank may have no images. Inside compiled code nothing is heard;
+    layers that ran there are told from idle ones by their count of batches.
 
     Training is the same with and without, to the last bit: hooks only read, and only in sampled steps are there any.
     Ranks are compared on the assumption that they have the same weights, as DistributedDataParallel sees to.
@@ -134,7 +135,7 @@ class BatchNormMonitor:
         is_synchronized = are_synchronized(ranks)
         states = self._channel_states(ranks, pooled)
         samples = layer_samples(self._layers, self._layout, ranks, pooled, states, is_synchronized)
-        ran = _in_order(ranks)
+        ran, unheard = _in_order(ranks), _unheard(ranks)
         compared = _compared(ran, is_synchronized)
         paths = list(self._layers)
         return BatchNormSample(
@@ -144,7 +145,8 @@ class BatchNormMonitor:
             repeating_ranks=self._doctor.repeating_ranks,
             differing_ranks={paths[layer]: who for layer in ran if (who := differing_ranks(ranks, layer))},
             not_compared=tuple(paths[layer] for layer in ran[len(compared) :]),
-            idle=tuple(path for number, path in enumerate(paths) if number not in set(ran)),
+            unheard=tuple(paths[layer] for layer in unheard),
+            idle=tuple(path for number, path in enumerate(paths) if number not in {*ran, *unheard}),
         )
 
     def _findings(self, paths: Sequence[str], moments: ImageMoments) -> tuple[RankFinding, ...]:
@@ -179,6 +181,12 @@ def _in_order(ranks: Heard) -> list[int]:
     place = (ranks.place * ran).sum(0) / num_ranks
     layers: list[int] = num_ranks.nonzero().flatten().tolist()
     return sorted(layers, key=place.tolist().__getitem__)
+
+
+def _unheard(ranks: Heard) -> list[int]:
+    """Layers whose running statistics counted batches on any rank, in calls that were heard on none."""
+    layers: list[int] = ((ranks.num_updates > 0).any(0) & (ranks.num_calls == 0).all(0)).nonzero().flatten().tolist()
+    return layers
 
 
 def _compared(layers: Sequence[int], is_synchronized: Sequence[bool]) -> Sequence[int]:

@@ -10,14 +10,17 @@ _BLOCK = 1 << 16  # values; stay in cache between two passes
 
 
 class Recording:
-    """Of one ``layer``. Until `begin` all is as for a layer that does not run; nothing is written, no device waits."""
+    """Of one ``layer``, which had tracked ``num_batches``, ``()``, when the step began; None if it counts none.
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    Until `begin` all is as for a layer that does not run; nothing is written, no device waits.
+    """
+
+    def __init__(self, layer: _BatchNorm, num_batches: Tensor | None) -> None:
         self.num_calls = 0
         self.place = 0
         self._layer = layer
         self._running_mean: Tensor | None = None
-        self._num_batches: Tensor | None = None
+        self._num_batches = num_batches
         self._weight: Tensor | None = None
         self._num_positive: Tensor | None = None
         self._sums: ImageSums | None = None
@@ -26,7 +29,8 @@ class Recording:
         """Before the first call, the ``place``-th of a layer: keep what it will be compared with."""
         self.place = place
         self._running_mean = self.running_mean_now.clone()
-        self._num_batches = None if self._counter is None else self._counter.clone()
+        if self._counter is not None:
+            self._num_batches = self._counter.clone()  # a state dict may have been loaded meanwhile
         if self._layer.weight is not None:
             # A copy, and at once: the optimizer moves it, and a sharded one is whole only in the forward.
             self._weight = self._layer.weight.detach().clone()
@@ -67,13 +71,11 @@ class Recording:
     @property
     def num_batches(self) -> Tensor:
         """How many the running statistics had tracked before the step, ``()``; 0 if they are not counted."""
-        if self._num_batches is not None:
-            return self._num_batches
-        return self._scalar(0) if self._counter is None else self._counter
+        return self._scalar(0) if self._num_batches is None else self._num_batches
 
     @property
     def num_updates(self) -> Tensor:
-        """Of the running statistics in the step, ``()``."""
+        """Of the running statistics in the step, ``()``, heard or not; the calls heard if they are not counted."""
         return self._scalar(self.num_calls) if self._counter is None else self._counter - self.num_batches
 
     @property

@@ -71,7 +71,10 @@ class BatchNormSample:
         out, as are those of groups of equal size, which differ by design.
     ``not_compared``: layers in which ranks are not compared, because a layer before them is not synchronized: what
         reaches them differs by rank even if the data does not.
-    ``idle``: layers that did not run in training mode: frozen, left out of the step, or inside compiled code.
+    ``unheard``: layers that ran in training mode, by their count of batches, but where hooks do not hear: inside
+        compiled code. Nothing else is known of them.
+    ``idle``: layers that did not run in training mode: frozen, or left out of the step; also inside compiled code where
+        they count no batches.
     """
 
     step: int
@@ -80,6 +83,7 @@ class BatchNormSample:
     repeating_ranks: tuple[int, ...] = ()
     differing_ranks: Mapping[str, tuple[int, ...]] | None = None
     not_compared: tuple[str, ...] = ()
+    unheard: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
 
 

@@ -163,6 +163,33 @@ def test_frozen_and_idle_layers_are_named_and_others_sampled() -> None:
         assert (empty.layers, empty.idle) == ((), ("0", "1", "2"))
 
 
+# The compiler itself uses what torch says is deprecated.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_layers_that_ran_inside_compiled_code_are_told_from_idle_ones() -> None:
+    inner = nn.Sequential(nn.BatchNorm1d(3), SyncBatchNorm(3), freeze(nn.BatchNorm1d(3)))
+    inner.compile(backend="eager")
+    uncounted = nn.BatchNorm1d(3)
+    uncounted.num_batches_tracked = None
+    model = nn.Sequential(nn.BatchNorm1d(3), inner, nn.BatchNorm1d(3), uncounted)
+    ran, rest = ("1.0", "1.1"), ("1.2", "2", "3")
+    x = torch.randn(4, 3)
+    # Without gradients, as the compiler itself asks values in between for theirs, which warns.
+    with torch.no_grad(), BatchNormMonitor(model, every=2) as monitor:
+        _ = model[0](x), inner(x)
+        assert monitor.step() is None
+        _ = model[0](x), inner(x)
+        through = monitor.step()
+        _ = model[0](x), inner(x)
+        assert monitor.step() is None
+        model[0](x)
+        past = monitor.step()
+    assert through is not None
+    assert past is not None
+    assert [layer.layer for layer in through.layers] == [layer.layer for layer in past.layers] == ["0"]
+    assert (through.unheard, through.idle) == (ran, rest)
+    assert (past.unheard, past.idle) == ((), ran + rest)  # they ran in a step that was not sampled
+
+
 @pytest.mark.parametrize("by_keyword", [False, True])
 def test_what_is_masked_does_not_count(by_keyword: bool) -> None:
     x = torch.randn(5, 3, 4)
