@@ -105,7 +105,9 @@ def judge(failures: Sequence[RankFailure], silent: Sequence[str] = ()) -> Attemp
     """Why the attempt failed, from all ranks' failures in the order they were seen.
 
     The first root cause counts. Where there is none, ranks that waited in vain or were cut off accuse another:
-    ``silent`` names the places that had stopped answering by then. ``failures`` must not be empty.
+    ``silent`` names the places that had stopped answering by then. The words of a rank that knows whom it missed, and
+    in which layer, go with those of the first that waited, who may be the missed one itself. ``failures`` must not be
+    empty.
     """
     worst = min(failures, key=lambda failure: not failure.cause.is_root)
     if worst.cause is Cause.LOST:
@@ -115,12 +117,21 @@ def judge(failures: Sequence[RankFailure], silent: Sequence[str] = ()) -> Attemp
         return _failed(reason, f"{worst.place}: {worst.error}")
     waited = [failure for failure in failures if failure.cause is Cause.TIMED_OUT]
     if waited:
+        first = min(waited, key=_knows_nobody)
         blame = f"; {_and(silent)} had stopped answering" if silent else ""
+        others = sorted(failures, key=_knows_nobody)[:1] if _knows_nobody(first) else []
+        words = "".join(f"; {other.place}: {other.error}" for other in others if not _knows_nobody(other))
         return _failed(
-            Reason.COLLECTIVE_TIMEOUT, f"{waited[0].place} waited in vain for the other ranks{blame}: {waited[0].error}"
+            Reason.COLLECTIVE_TIMEOUT,
+            f"{first.place} waited in vain for the other ranks{blame}: {first.error}{words}",
         )
     blame = f"{_and(silent)} stopped answering" if silent else "no rank is reported dead yet"
     return _failed(Reason.WORKER_LOST, f"{worst.place} lost its connection to a peer, {blame}: {worst.error}")
+
+
+def _knows_nobody(failure: RankFailure) -> bool:
+    """Whether it cannot say who was missing."""
+    return failure.exception != "RanksMissing"
 
 
 def no_heartbeat(places: Sequence[str], silence_s: float) -> AttemptEnded:

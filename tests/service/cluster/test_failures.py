@@ -99,6 +99,20 @@ def test_a_collective_timeout_blames_the_silent_rank() -> None:
     assert "rank 1 on node1, pid 41 had stopped answering" in ended.detail
 
 
+def test_whoever_knows_which_rank_was_missed_is_heard() -> None:
+    """The missed one may be the first to give up: it waited in a collective of its own, which knows no names."""
+    alone = failure(0, Cause.TIMED_OUT, "Timed out waiting 4000ms for recv")
+    cut_off = failure(2, Cause.DISCONNECTED, "RanksMissing: in 'norm1' rank 0 left no word", "RanksMissing")
+    in_vain = failure(3, Cause.TIMED_OUT, "RanksMissing: rank 0 did not come to 'norm1'", "RanksMissing")
+    both = judge([alone, failure(1, Cause.DISCONNECTED, "Connection closed by peer"), cut_off])
+    assert both.reason is Reason.COLLECTIVE_TIMEOUT
+    assert both.detail.startswith("rank 0 on node0, pid 40 waited in vain")
+    assert both.detail.endswith("Timed out waiting 4000ms for recv; rank 2 on node2, pid 42: " + cut_off.error)
+    named = judge([alone, cut_off, in_vain]).detail
+    assert named.startswith("rank 3 on node3, pid 43 waited in vain")
+    assert named.endswith(in_vain.error)
+
+
 def test_a_missing_heartbeat_names_the_rank_and_the_knob() -> None:
     ended = no_heartbeat(["rank 3 on node3, pid 43"], 61.2)
     assert ended.reason is Reason.NO_HEARTBEAT
