@@ -1,5 +1,6 @@
 """Whether the report of a job says what was planted: the right cause and, where there is one, layer and rank."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,8 +15,8 @@ class Expected:
     """A finding of one of ``kinds`` that is at least amber; ``layer``, ``rank`` and ``step`` must be named if given.
 
     Where ``rank`` is given, no other may be accused of the same. ``channels`` are all that the layer's entry in the
-    report names; few channels are but a note, which is then enough. ``failure`` is in the words of the error with which
-    a rank ends; ``examined`` what the examination after the run must give, by name.
+    report names; few channels are but a note, which is then enough. ``failure`` is a pattern for the words of the
+    error with which a rank ends; ``examined`` what the examination after the run must give, by name.
     """
 
     kinds: tuple[FindingKind, ...] = ()
@@ -30,7 +31,7 @@ class Expected:
 
     def is_met(self, report: JobReport, failures: tuple[str, ...], examined: Findings) -> bool:
         """Whether the verdict is right."""
-        if self.failure is not None and not any(self.failure in words for words in failures):
+        if self.failure is not None and not any(re.search(self.failure, words) for words in failures):
             return False
         if any(examined.get(name) != value for name, value in self.examined.items()):
             return False
