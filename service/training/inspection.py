@@ -70,15 +70,16 @@ class Inspector:
         leads = self._examiner.context.leads
         if leads:
             yield PhaseChanged(phase=Phase.VALIDATING)
-        faults: list[ModeFault] = list(self._modes.in_training(step))
-        with self._modes.during_evaluation(step, faults):
+        faults = [*self._modes.in_training(step), *(self._modes.in_evaluation(step) if evaluates else ())]
+        if leads:
+            yield from faults  # at once: where ranks hold unequal numbers of batches, such a layer ends the run here
+        moved: list[ModeFault] = []
+        with self._modes.during_evaluation(step, moved):
             population = self._measure_population(step)
             if evaluates:
                 self._evaluation = self._examiner.evaluate(self._model, population, step, epoch)
             if measures_drift:
                 self._measure_drift(population, step)
-        if evaluates:
-            faults += self._modes.in_evaluation(step)
         evaluation = self._evaluation if evaluates else None
         drift = self._drift if measures_drift else None
         exceeded = self._follow_limits(drift, population, step) if drift else []
@@ -88,7 +89,7 @@ class Inspector:
             yield evaluation
         if drift:
             yield drift
-        yield from faults
+        yield from moved
         yield from exceeded
         if is_last and self._history:
             replay = replay_momenta(self._model, self._history, population.moments, self._spec.bn_momentum, step)

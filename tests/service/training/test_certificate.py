@@ -71,3 +71,27 @@ def test_a_layer_that_stays_in_training_mode_is_told_and_the_run_ends_by_itself(
 def _train_with_fault(spec: JobSpec, storage: Path) -> list[TelemetryEvent]:
     with StaysInTraining(layer="norm2"):
         return list(train(spec, own_context(storage)))
+
+
+def test_such_a_layer_is_told_before_it_ends_a_run_whose_ranks_judge_unequally_many_batches(tmp_path: Path) -> None:
+    """A thousand images of digits are four batches, which three ranks cannot share evenly."""
+    spec = tiny_spec(
+        tmp_path,
+        num_workers=3,
+        data="builtin:digits",
+        max_steps=2,
+        cadence={"evaluate_every_steps": 2, "drift_every_steps": 2},
+    )
+    (told, error), *others = run_ranks(3, _train_to_an_error, spec, tmp_path)
+    assert [(fault.kind, fault.layer) for fault in told] == [(ModeFaultKind.BATCH_IN_EVALUATION, "norm2")]
+    assert all(words.startswith("RanksDisagree") and "'norm2'" in words for words in (error, *(w for _, w in others)))
+
+
+def _train_to_an_error(spec: JobSpec, storage: Path) -> tuple[list[ModeFault], str]:
+    faults: list[ModeFault] = []
+    try:
+        with StaysInTraining(layer="norm2"):
+            faults.extend(event for event in train(spec, own_context(storage)) if isinstance(event, ModeFault))
+    except RuntimeError as error:
+        return faults, f"{type(error).__name__}: {error}"
+    return faults, ""
