@@ -102,7 +102,8 @@ def _buffers_apart(
     whose = f" Those of rank{'s' * (len(differing) > 1)} {_listed(differing)} are not like most." if differing else ""
     return [
         f"The running statistics differ between ranks{by} (layer {layer}) although they are synchronized: that is "
-        f"always wrong, look for a layer that was not converted or is called on some ranks only.{whose}"
+        "always wrong, look for a layer that was not converted, has a process group of its own, or is called on some "
+        f"ranks only.{whose}"
     ]
 
 
