@@ -127,8 +127,8 @@ def of_ranks(verdict: RanksVerdict, drift: Sequence[Drift], spec: JobSpec) -> It
                 rank=rank,
                 step=verdict.step,
                 evidence=numbers(rank_disagreement=apart[1] if apart else None),
-                advice="Look for a layer that was not converted to SyncBatchNorm, has a process group of its own, or is "
-                "called on some ranks only.",
+                advice="Look for a layer that was not converted to SyncBatchNorm, has a process group of its own, or "
+                "is called on some ranks only.",
             )
     for rank in verdict.repeating_ranks:
         yield JobFinding(
