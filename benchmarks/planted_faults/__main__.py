@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.planted_faults.jobs import has_way, path_of_shown, read_shown, run_jobs, write_shown
 from benchmarks.planted_faults.page import Shown, shown
 from benchmarks.planted_faults.runs import path_of, read, run, write
-from benchmarks.planted_faults.scenarios import SCENARIOS
+from benchmarks.planted_faults.scenarios import ALL_HEALTHY, SCENARIOS
 from benchmarks.planted_faults.scoring import row, score, table
 from benchmarks.record import record
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judged = [read_shown(folder, *one) if options.service else shown(read(folder, *one)) for one in there]
     runs = {key: [one for one in judged if one.scenario.key == key] for key in keys}
     rows = [row(SCENARIOS[key], of_key) for key, of_key in runs.items() if of_key]
+    if healthy := [one for one in judged if one.scenario.number == ALL_HEALTHY.number]:
+        rows.insert(0, row(ALL_HEALTHY, healthy))
     print(table(rows))
     for key in without_way:
         print(f"| {key} | {SCENARIOS[key].says} | | no job tells of what is looked at after a run | | | |")

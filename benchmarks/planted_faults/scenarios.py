@@ -137,6 +137,9 @@ _HEALTHY: dict[str, tuple[Callable[[int], bool], dict[str, Any]]] = {
 
 _OBVIOUS, _BORDERLINE = Severity.OBVIOUS, Severity.BORDERLINE
 
+ALL_HEALTHY = Scenario("0", 0, Severity.HEALTHY, "nothing is wrong, all four settings", target=0.05)
+"""Runs of all healthy settings together; it has no job of its own."""
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.key: scenario
     for scenario in [
