@@ -97,7 +97,7 @@ def test_faults_of_data_weights_and_numbers_are_found_on_their_rank_and_layer(tm
 
     # In the same processes, after plants that were to leave nothing behind.
     assert alarms(_page(healthy)) == []
-    assert float(uneven.examined["error"]) < 1e-6
+    assert uneven.examined["error"] < 1e-6
     assert uneven.examined["alarms"] == 0.0
 
 
@@ -152,4 +152,4 @@ def _page(told: Told) -> JobReport:
 
 
 def _says(page: JobReport, expected: Expected) -> bool:
-    return expected.is_met(page, failures=(), examined={})
+    return expected.is_met(page, failures=())

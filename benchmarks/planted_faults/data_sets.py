@@ -78,10 +78,10 @@ def few_images(num: int, seed: int) -> Digits:
 
 
 def other_validation(change: str, seed: int) -> Digits:
-    """Validation images are ``dim`` (0.8 of their ink), ``inverted``, ``shifted`` by a pixel, or ``noise`` is added.
+    """Validation images are ``dim`` (0.8 of their ink), ``inverted``, ``shifted`` by a pixel, or noise is added.
 
-    Noise has half the standard deviation of all pixels; what it makes negative is 0. Pixels of 0 to 240, training ones
-    too, so that rounding to whole numbers changes nothing that counts.
+    ``noise`` has the standard deviation of all pixels, ``faint noise`` half of it; what it makes negative is 0. Pixels
+    of 0 to 240, training ones too, so that rounding to whole numbers changes nothing that counts.
     """
     clean = digits()
     train, images = _FINER * clean.train_images, _FINER * clean.validation_images.astype(np.float64)
@@ -90,12 +90,13 @@ def other_validation(change: str, seed: int) -> Digits:
             changed = 0.8 * images
         case "inverted":
             changed = images.max() - images
-        case "noise":
-            changed = images + np.random.default_rng((seed, 11)).normal(0, 0.5 * train.std(), images.shape)
+        case "noise" | "faint noise":
+            size = train.std() * (1.0 if change == "noise" else 0.5)
+            changed = images + np.random.default_rng((seed, 11)).normal(0, size, images.shape)
         case "shifted":
             changed = np.pad(images, ((0, 0), (1, 0), (1, 0)))[:, :-1, :-1]
         case _:
-            raise ValueError(f"unknown change {change!r}; known are dim, inverted, noise, shifted")
+            raise ValueError(f"unknown change {change!r}; known are dim, inverted, noise, faint noise, shifted")
     validation = changed.round().clip(0, 255).astype(np.uint8)
     return replace(clean, train_images=train, validation_images=validation)
 

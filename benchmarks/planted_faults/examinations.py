@@ -1,59 +1,20 @@
-"""What the library itself says after a run, because no event of a job tells it: of other data, of uneven ranks."""
+"""What the library itself says after a run, because no job has ranks with unequal batches."""
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from service.jobs import JobSpec
-from service.training.checkpoint import latest_checkpoint
 from service.training.context import RankContext
 from service.training.dataset import load_dataset
-from service.training.models import build_model
 from syncbn import SyncBatchNorm
-from syncbn.drift import first_moved, image_moments, measure_shift
 from syncbn.layers import running_moments
 from syncbn.monitor import BatchNormMonitor
 
-Findings = dict[str, str | float]
+Findings = dict[str, float]
 
 _UNEVEN = (8, 8, 8, 1)
 _UNEVEN_STEPS = 20
-
-
-@torch.no_grad()
-def other_data(spec: JobSpec, context: RankContext) -> Findings:
-    """The first layer that moves when validation images are changed, by change, empty for none; and the accuracy."""
-    dataset = load_dataset(spec.data)
-    checkpoint = latest_checkpoint(context.checkpoint_folder).checkpoint
-    assert checkpoint is not None
-    model = build_model(spec.model, dataset.sample_shape, dataset.num_classes, spec.bn_momentum)
-    model.load_state_dict(checkpoint.model)
-    model.eval()
-    with image_moments(model) as train:
-        model(dataset.train_images)
-    findings: Findings = {}
-    images = dataset.validation_images
-    for name, changed in _changes(images, spec.seed).items():
-        with image_moments(model) as other:
-            logits = model(changed)
-        moved = first_moved(measure_shift(train, other))
-        findings[name] = moved.layer if moved else ""
-        findings[f"accuracy, {name}"] = float((logits.argmax(1) == dataset.validation_labels).double().mean())
-    return findings
-
-
-def _changes(images: Tensor, seed: int) -> dict[str, Tensor]:
-    darkest = images.min()  # of images that are shifted and scaled: where there is no ink
-    random = torch.Generator().manual_seed(seed)
-    moved = F.pad(images, (1, 0, 1, 0), value=float(darkest))[:, :, :-1, :-1]
-    return {
-        "none": images,
-        "dim": darkest + 0.8 * (images - darkest),
-        "inverted": darkest + images.max() - images,
-        "noise": images + 0.5 * torch.randn(images.shape, generator=random),
-        "shifted": moved,
-    }
 
 
 def uneven_ranks(spec: JobSpec, context: RankContext) -> Findings:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from benchmarks.planted_faults.data_sets import Digits, few_images, other_validation, shard, with_wrong_labels
-from benchmarks.planted_faults.examinations import Findings, other_data, uneven_ranks
+from benchmarks.planted_faults.examinations import Findings, uneven_ranks
 from benchmarks.planted_faults.plants import PLANTS, Plant
 from service.jobs import JobSpec
 from service.training.context import RankContext
@@ -252,15 +252,6 @@ SCENARIOS: dict[str, Scenario] = {
             lambda seed: [("StaysInEvaluation", {"layer": f"norm{layer_at_fault(seed)}"})],
             target=1.0,
         ),
-        Scenario(
-            "11",
-            11,
-            _OBVIOUS,
-            "other images: dimmed, inverted, noisy, shifted",
-            _alone(32),
-            examines=other_data,
-            target=0.95,
-        ),
         *(
             Scenario(
                 f"11 {change}",
@@ -274,6 +265,7 @@ SCENARIOS: dict[str, Scenario] = {
             for change, says, severity, target in (
                 ("inverted", "inverted", _OBVIOUS, 0.95),
                 ("noise", "noisy", _OBVIOUS, 0.95),
+                ("faint noise", "noisy, by half as much", _BORDERLINE, None),
                 ("dim", "dimmer, 0.8 of their ink", _BORDERLINE, None),
                 ("shifted", "one pixel further right and down", _BORDERLINE, None),
             )

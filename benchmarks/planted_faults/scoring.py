@@ -66,7 +66,7 @@ def score(run: Shown) -> Score:
         is_found = bool(_false_alarms(run, found)) or any(run.failures)
         return Score(run.seed, is_found, is_found, tuple(map(_in_words, found)))
     wanted = expected(run.seed)
-    is_found = wanted.is_met(run.page, run.failures, run.examined)
+    is_found = wanted.is_met(run.page, run.failures)
     return Score(run.seed, is_found, is_found or wanted.names_cause(run.page), tuple(map(_in_words, found)))
 
 
@@ -89,7 +89,7 @@ def row(scenario: Scenario, runs: Sequence[Shown]) -> Row:
         low=float(interval.low),
         high=float(interval.high),
         also=dict(sorted(counted.items())),
-        examined=_shares([run.examined for run in runs]),
+        examined=_means([run.examined for run in runs]),
         seconds=sum(times) / len(times) if times else None,
     )
 
@@ -114,9 +114,9 @@ def _is_healthy(one: Row) -> bool:
 def _false_alarms(run: Shown, found: Sequence[JobFinding]) -> list[str]:
     kinds = _FALSE_ALARMS.get(run.scenario.number, tuple(FindingKind))
     wrong = [_in_words(finding) for finding in found if finding.kind in kinds]
-    if float(run.examined.get("error", 0.0)) >= _ROUNDING:
+    if run.examined.get("error", 0.0) >= _ROUNDING:
         wrong.append("statistics differ")
-    if float(run.examined.get("alarms", 0.0)) > 0:
+    if run.examined.get("alarms", 0.0) > 0:
         wrong.append("ranks differ")
     return wrong
 
@@ -127,13 +127,5 @@ def _in_words(finding: JobFinding) -> str:
     return f"{finding.kind} {finding.severity} {where}".strip()
 
 
-def _shares(examined: Sequence[Findings]) -> dict[str, float]:
-    """Means of numbers; of words, the share of runs with each."""
-    shares: dict[str, float] = {}
-    for name in examined[0]:
-        values = [one[name] for one in examined]
-        if all(isinstance(value, float) for value in values):
-            shares[name] = sum(map(float, values)) / len(values)
-        else:
-            shares |= {f"{name}: {word or 'none'}": n / len(values) for word, n in Counter(map(str, values)).items()}
-    return shares
+def _means(examined: Sequence[Findings]) -> dict[str, float]:
+    return {name: sum(one[name] for one in examined) / len(examined) for name in examined[0]}
