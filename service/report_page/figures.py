@@ -106,9 +106,9 @@ def draw_ranks(findings: Sequence[RankFinding]) -> str:
 
 
 def draw_replay(replay: MomentumReplay | None) -> str:
-    """What other momenta would have left of drift, in the worst layer."""
+    """How far other momenta would have left the outputs of the worst layer off, by which the best is chosen."""
     candidates = sorted(replay.candidates, key=lambda c: c.momentum) if replay else []
-    curve = Curve("", tuple(c.momentum for c in candidates), tuple(c.rms_mean_shift for c in candidates))
+    curve = Curve("", tuple(c.momentum for c in candidates), tuple(c.output_error for c in candidates))
     if replay is None or not has_points(curve):
         return ""
 
@@ -121,7 +121,7 @@ def draw_replay(replay: MomentumReplay | None) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("momentum")
         _write_plainly(axes.xaxis)
-        axes.set_ylabel("mean shift of the worst layer, \u03c3")
+        axes.set_ylabel("outputs of the worst layer\noff by, \u03c3 (rms)")
         axes.set_ylim(bottom=0)
         axes.legend()
 

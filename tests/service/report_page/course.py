@@ -129,7 +129,7 @@ def _replay(at: int) -> MomentumReplay:
         ReplayedMomentum(
             momentum=momentum,
             rms_mean_shift=0.05 + 0.12 * math.log10(momentum / 0.1) ** 2,
-            output_error=0.1,
+            output_error=0.04 + 0.1 * math.log10(momentum / 0.1) ** 2,
         )
         for momentum in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     )
