@@ -24,6 +24,7 @@ from service.jobs.identifiers import attempt_id, job_of_attempt, new_hook_id, ne
 from service.jobs.job import Attempt, Job, JobEvent, JobPage, LogRecord, MetricSeries, Progress, View
 from service.jobs.launch import LaunchRequest
 from service.jobs.layer_facts import (
+    LEFT_OF_INITIAL,
     BatchNormSample,
     Drift,
     LayerDrift,
@@ -130,6 +131,7 @@ __all__ = [
     "ANONYMOUS",
     "DRIFT_PREFIX",
     "LAYER_METRICS",
+    "LEFT_OF_INITIAL",
     "PRINCIPAL_NAME",
     "RUNNER",
     "SAMPLE_PREFIX",

@@ -205,6 +205,10 @@ class LimitExceeded(Telemetry):
     action: LimitAction
 
 
+LEFT_OF_INITIAL = 0.01
+"""Share. With more of their initial value in them, running statistics are too young."""
+
+
 class StatisticsCertificate(Telemetry):
     """What is known of the running statistics in a checkpoint, so that who loads it need not trust them blindly.
 
@@ -227,3 +231,8 @@ class StatisticsCertificate(Telemetry):
     loss_damage: float | None = None
     loss_damage_interval: Interval | None = None
     population_loss: float | None = None
+
+    @property
+    def is_young(self) -> bool:
+        """Whether too much of the stored statistics is still their initial value, or it is not known how much."""
+        return not self.initial_weight <= LEFT_OF_INITIAL

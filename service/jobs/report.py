@@ -20,6 +20,11 @@ class DriftColour(StrEnum):
     RED = "red"
     UNDECIDED = "undecided"
 
+    @property
+    def harmful(self) -> bool:
+        """Whether something is shown that matters."""
+        return self in (DriftColour.AMBER, DriftColour.RED)
+
 
 class DriftVerdict(View):
     """The first number: whether the stored statistics may be shipped, which measured damage alone decides.

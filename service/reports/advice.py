@@ -2,8 +2,8 @@
 
 import math
 
-from service.jobs import DriftColour, Evaluation, JobSpec, MomentumVerdict, Normalization, StaleCause, StaleVerdict
-from service.reports.margins import LEFT_OF_INITIAL, STALE_SHIFT
+from service.jobs import LEFT_OF_INITIAL, Evaluation, JobSpec, MomentumVerdict, Normalization, StaleCause, StaleVerdict
+from service.reports.margins import STALE_SHIFT
 
 SMALL_BATCH = 8
 """Images. Below it a batch statistic of a fully connected layer is mostly noise."""
@@ -78,8 +78,3 @@ def about_batch(spec: JobSpec) -> str | None:
     elif spec.normalization is Normalization.LOCAL and spec.num_workers > 1:
         remedy = f"set normalization to sync, over {spec.global_batch_size} images, or {remedy}"
     return f"Only {images} images share a batch statistic, which is then mostly noise: {remedy}."
-
-
-def is_harmful(colour: DriftColour) -> bool:
-    """Whether damage is shown."""
-    return colour in (DriftColour.AMBER, DriftColour.RED)

@@ -189,7 +189,7 @@ def of_checkpoint(shipping: ShippingVerdict | None, damage: DriftColour) -> Iter
             loss_damage=certificate.loss_damage,
         ),
         advice=""
-        if damage in (DriftColour.AMBER, DriftColour.RED)
+        if damage.harmful
         else "Set recompute_bn, so that checkpoints also hold population statistics, and ship those.",
     )
 

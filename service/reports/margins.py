@@ -4,8 +4,6 @@ SMALLEST_LOSS = 0.1
 """Nats. A smaller loss counts as this one: a percentage of next to nothing matters to nobody."""
 STALE_SHIFT = 0.05
 """Standard deviations, rms over the channels of a layer. Running means that are off by less are taken for right."""
-LEFT_OF_INITIAL = 0.01
-"""Share. With more of their initial value in them, running statistics are too young."""
 
 
 def practical_size(loss: float) -> float:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 
 from service.jobs import CheckpointSaved, DriftColour, ShippingVerdict, StatisticsCertificate, loss_damage_colour
-from service.reports.advice import is_harmful
-from service.reports.margins import LEFT_OF_INITIAL
 
 
 def judge_checkpoint(checkpoints: Sequence[CheckpointSaved]) -> ShippingVerdict | None:
@@ -33,7 +31,7 @@ def judge_checkpoint(checkpoints: Sequence[CheckpointSaved]) -> ShippingVerdict 
 
 
 def _judge(certificate: StatisticsCertificate, step: int) -> tuple[DriftColour, str]:
-    if not certificate.initial_weight <= LEFT_OF_INITIAL:
+    if certificate.is_young:
         return DriftColour.AMBER, (
             f"{certificate.initial_weight:.2g} of its running statistics is still what they began with, after "
             f"{certificate.num_batches} batches."
@@ -48,7 +46,7 @@ def _judge(certificate: StatisticsCertificate, step: int) -> tuple[DriftColour, 
         f"to {interval.high:+.3g}, step {certificate.evaluated_step})"
     )
     colour = loss_damage_colour(interval.low, interval.high, certificate.population_loss)
-    if is_harmful(colour):
+    if colour.harmful:
         return DriftColour.AMBER, f"{measured}: ship population statistics instead."
     if colour is DriftColour.UNDECIDED:
         return DriftColour.UNDECIDED, f"{measured}: too few images to tell."

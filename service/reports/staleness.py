@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from service.jobs import Drift, DriftColour, JobSpec, LayerDrift, StaleCause, StaleVerdict
+from service.jobs import LEFT_OF_INITIAL, Drift, DriftColour, JobSpec, LayerDrift, StaleCause, StaleVerdict
 from service.reports.drift import last_drift, worst_layer
-from service.reports.margins import LEFT_OF_INITIAL, STALE_SHIFT
+from service.reports.margins import STALE_SHIFT
 
 VERY_STALE_SHIFT = 0.2
 WITHIN_CHANCE = 2.0
@@ -46,7 +46,7 @@ def judge_staleness(drift: Sequence[Drift], damage: DriftColour, spec: JobSpec) 
         )
     cause = _cause(worst, initial, spec)
     colour = _colour(worst.rms_mean_shift)
-    if colour is DriftColour.GREEN and initial > LEFT_OF_INITIAL and damage in (DriftColour.AMBER, DriftColour.RED):
+    if colour is DriftColour.GREEN and initial > LEFT_OF_INITIAL and damage.harmful:
         colour = DriftColour.AMBER
     if damage is DriftColour.GREEN and colour is DriftColour.RED:
         colour = DriftColour.AMBER

@@ -30,7 +30,7 @@ _STALE_KINDS = {
 
 def of_damage(verdict: DriftVerdict, evaluation: Evaluation | None, spec: JobSpec) -> Iterator[JobFinding]:
     """Damage that is shown."""
-    if evaluation is None or not advice.is_harmful(verdict.colour):
+    if evaluation is None or not verdict.colour.harmful:
         return
     yield JobFinding(
         kind=FindingKind.DAMAGE,
@@ -75,7 +75,7 @@ def of_momentum(momentum: MomentumVerdict | None, damage: DriftColour) -> Iterat
     """A momentum that would have done better; where no damage is shown it is but a note, and no advice."""
     if momentum is None or momentum.better is None:
         return
-    harmful = advice.is_harmful(damage)
+    harmful = damage.harmful
     yield JobFinding(
         kind=FindingKind.MOMENTUM,
         severity=Severity.AMBER if harmful else Severity.NOTE,
@@ -89,7 +89,7 @@ def of_momentum(momentum: MomentumVerdict | None, damage: DriftColour) -> Iterat
 def of_batch(spec: JobSpec, damage: DriftColour, *, poor: bool) -> Iterator[JobFinding]:
     """Too few images to a statistic, where something is wrong that comes of it."""
     line = advice.about_batch(spec)
-    if line is not None and (poor or advice.is_harmful(damage)):
+    if line is not None and (poor or damage.harmful):
         yield JobFinding(
             kind=FindingKind.FEW_IMAGES,
             severity=Severity.AMBER,

@@ -6,13 +6,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from service.jobs import Drift, DriftColour, Evaluation, Interval, StatisticsCertificate, loss_damage_colour
+from service.jobs import Drift, Evaluation, Interval, StatisticsCertificate, loss_damage_colour
 from service.training.checkpoint import Checkpoint
 from syncbn import BatchMoments, Estimator
 from syncbn.layers import tracked_layers
-
-MOST_INITIAL_WEIGHT = 0.01
-"""With more of their initial value in them, running statistics are too young to ship."""
 
 
 def certify_statistics(
@@ -83,7 +80,7 @@ def _doubts(checkpoint: Checkpoint) -> Iterator[str]:
             f"The running statistics were last measured at step {certificate.measured_step}, and the weights are "
             f"those of step {checkpoint.step}."
         )
-    if not certificate.initial_weight <= MOST_INITIAL_WEIGHT:
+    if certificate.is_young:
         yield (
             f"{certificate.initial_weight:.1%} of the running statistics is still what they began with, after "
             f"{certificate.num_batches} batches."
@@ -104,8 +101,7 @@ def _doubts(checkpoint: Checkpoint) -> Iterator[str]:
 def _harmless(interval: Interval, population_loss: float | None) -> bool:
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return False
-    colour = loss_damage_colour(interval.low, interval.high, population_loss)
-    return colour in (DriftColour.GREEN, DriftColour.UNDECIDED)
+    return not loss_damage_colour(interval.low, interval.high, population_loss).harmful
 
 
 def _num_batches(model: nn.Module) -> list[int]:
